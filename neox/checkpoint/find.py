@@ -14,6 +14,7 @@ from neox.checkpoint.retention import StepFolder, folder_step, read_latest, scan
 from neox.checkpoint.verify import problems
 from neox.errors import CheckpointError, ErrorParts
 
+LISTED = 20  # names in an error message
 LOG = logging.getLogger(__name__)
 
 
@@ -141,14 +142,26 @@ def resolve(path: str | Path) -> Path:
                 )
         if good:
             return good[-1].path
-    parent = path if path.is_dir() else next(folder for folder in path.parents if folder.is_dir())
     want, do = (
         "a folder with manifest.json, or a folder of such folders",
         "name the folder of a run, or one step_... folder",
     )
     if os.path.isfile(path / "config.json"):
         do = "this may be a Hugging Face model: neox import --from it, and name the result"
-    raise CheckpointError("no checkpoint found", where=path, got=listing(parent), want=want, do=do)
+    raise CheckpointError("no checkpoint found", where=path, got=_found_at(path), want=want, do=do)
+
+
+def _found_at(path: Path) -> str:
+    """What is at a path without a checkpoint, or in the nearest folder above it."""
+    if path.is_dir():
+        return listing(path)
+    if os.path.lexists(path):
+        return "not a folder"
+    above = next(folder for folder in path.parents if folder.is_dir())
+    runs = [name for name in sorted(os.listdir(above)) if (above / name / "checkpoints").is_dir()]
+    steps = [folder.path.name for folder in scan(above)]
+    there = ", ".join((steps or runs)[-LISTED:])
+    return f"no such folder; {above} holds {there}" if there else "no such folder"
 
 
 def listing(folder: Path) -> str:
@@ -156,5 +169,5 @@ def listing(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder} does not exist"
     names = sorted(os.listdir(folder))
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return f"{folder} holds {', '.join(names[:20]) or 'nothing'}{more}"
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{folder} holds {', '.join(names[:LISTED]) or 'nothing'}{more}"

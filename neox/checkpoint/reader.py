@@ -124,7 +124,7 @@ class Checkpoint:
         wrong = differences(have, want)
         if wrong:
             more = [f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
-            do = "use the model section of the checkpoint, or another run.dir for a new run"
+            do = "use the model section of the checkpoint, or train another model in another run.dir, not from this one"
             got = f"{counted(len(wrong), 'tensor')}: {', '.join(wrong[:LISTED] + more)}"
             raise CheckpointError("tensors do not fit the model", where=self.path, got=got, do=do)
 

@@ -227,7 +227,7 @@ def schema_problem(detail: ErrorDetails, key: str, place: str) -> ConfigError:
     if detail["type"] == "extra_forbidden":
         close = nearest(".".join(part for part in key.split(".") if not part.isdigit()), suggestions())
         got = None if "." not in key else brief(detail["input"])  # a file that is not a config may hold secrets
-        do = f"did you mean {close}?" if close else "neox config explain"
+        do = misplaced_section(key, detail["input"]) or (f"did you mean {close}?" if close else "neox config explain")
         return ConfigError("unknown key", where=place, got=got, do=do)
     if detail["type"] == "missing" and key in ("model", "model.vocab_size"):
         do = "set model.vocab_size or tokenizer.file"
@@ -235,8 +235,16 @@ def schema_problem(detail: ErrorDetails, key: str, place: str) -> ConfigError:
     if detail["type"] == "missing":
         return ConfigError("key is missing", where=place, want=key)
     no_space = detail["type"] in NOT_A_SECTION and isinstance(detail["input"], str) and ":" in detail["input"]
-    do = "put a space after the colon of each key below it" if no_space else None
+    do = "put a space after the colon of each key below it" if no_space else misplaced_section(key, detail["input"])
     return ConfigError("bad value", where=place, got=brief(detail["input"]), want=wanted(detail), do=do)
+
+
+def misplaced_section(key: str, value: object) -> str | None:
+    """What to do about a section that is indented below another one; None for anything else."""
+    name = key.rpartition(".")[2]
+    if "." in key and name in Config.attributes() and isinstance(value, dict):
+        return f"{name} is a section: move it to the first column"
+    return None
 
 
 def wanted(detail: ErrorDetails) -> str:
@@ -244,11 +252,12 @@ def wanted(detail: ErrorDetails) -> str:
     if detail["type"] in NOT_A_SECTION:
         return "a section: keys below it, indented"
     if detail["type"] == "tuple_type":
-        return "a list"
+        items = detail["input"]
+        return f"a list, such as [{items}]" if isinstance(items, str) and "," in items else "a list"
     text = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     value = detail["input"]
     if detail["type"] == "int_type" and isinstance(value, float) and value.is_integer() and abs(value) < 1e18:
         text += f", such as {int(value)}"
-    if detail["type"] == "string_type":
+    if detail["type"] == "string_type" and not isinstance(value, bool):
         text += "; put it in quotes"
     return text

@@ -7,6 +7,21 @@ from collections.abc import Iterable, Sequence
 
 from neox.errors import ConfigError
 
+# Names of keys in other libraries, too different from ours to be taken for typos.
+OTHER_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "max_steps": "train.train_iters",
+    "num_train_steps": "train.train_iters",
+    "warmup_steps": "schedule.warmup_iters",
+    "batch_size": "train.micro_batch_size",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation",
+    "num_hidden_layers": "model.num_layers",
+    "n_layer": "model.num_layers",
+    "n_head": "model.num_attention_heads",
+    "n_embd": "model.hidden_size",
+    "max_grad_norm": "optimizer.gradient_clipping",
+}
 SHOWN = 50  # lines of one report; the others are counted
 
 
@@ -52,6 +67,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     candidates = sorted(known)
     section, _, name = word.rpartition(".")
     name = name.replace("-", "_")
+    if OTHER_NAMES.get(name) in candidates:
+        return OTHER_NAMES[name]
     same_name = [key for key in candidates if key.rpartition(".")[2] == name]
     if same_name:
         return same_name[0]

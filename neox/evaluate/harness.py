@@ -7,6 +7,7 @@ beginning-of-text token.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -250,11 +251,12 @@ def find_tasks(tasks: Sequence[str], task_files: str | None) -> TaskManager:
         manager = TaskManager(include_path=task_files)
     missing = [task for task in tasks if task not in manager.all_tasks]
     if missing:
+        close = difflib.get_close_matches(missing[0], manager.all_tasks, 1)
         raise ConfigError(
             "no such task",
             where="--tasks",
             got=", ".join(missing),
             want="tasks of lm-evaluation-harness or --task-files",
-            do="lm_eval ls tasks",
+            do=f"did you mean {close[0]}?" if close else "lm_eval ls tasks",
         )
     return manager

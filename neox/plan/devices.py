@@ -237,7 +237,9 @@ def find_device(name: str, processes: int = 1) -> Device:
         return cpu(processes)
     known = {device.name: device for device in DEVICES}
     if name not in known:
-        close = difflib.get_close_matches(name, [*known, "cpu"], 1)
+        lower = name.lower()
+        inside = [device for device in known if lower.startswith(device)]
+        close = inside or difflib.get_close_matches(lower, [*known, "cpu"], 1)
         want = f"{', '.join(known)}, cpu, or a YAML file"
         raise ConfigError(
             "unknown device",

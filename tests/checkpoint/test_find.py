@@ -82,6 +82,22 @@ def test_find_explicit_path(tmp_path):
         find(tmp_path, str(tmp_path / "wrong" / "path"))
 
 
+def test_a_path_without_checkpoints_reports_what_is_there(tmp_path):
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"got=no such folder; want"):
+        resolve(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"got=not a folder; want"):
+        resolve(tmp_path / "notes.txt")
+    newest = save_one(tmp_path / "run" / "checkpoints", 9)
+    with pytest.raises(CheckpointError, match=r"got=no such folder; \S+ holds run; want"):
+        resolve(tmp_path / "runn")
+    with pytest.raises(CheckpointError, match=r"got=no such folder; \S+ holds step_00000009; want"):
+        resolve(newest.parent / "step_9")
+    with pytest.raises(CheckpointError, match=r"got=not a folder; .*do=name the folder of a run"):
+        resolve(newest.parent / "latest")
+
+
 def test_a_hugging_face_model_is_recognised(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no checkpoint found.*do=this may be a Hugging Face model: neox import"):

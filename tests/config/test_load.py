@@ -31,6 +31,13 @@ def test_a_section_without_spaces_after_its_colons(write):
     assert "bad.yml:2 model" in line and line.endswith("do=put a space after the colon of each key below it")
 
 
+@pytest.mark.parametrize("outer", ["model", "data"])  # data has a key of this name, which is a list
+def test_a_section_that_is_indented_below_another(write, outer):
+    write("bad.yml", f"{outer}:\n  train:\n    train_iters: 3\n")
+    (line,) = [line for line in refusal("bad.yml") if f"bad.yml:3 {outer}.train" in line]
+    assert line.endswith("do=train is a section: move it to the first column")
+
+
 def test_all_problems_are_reported_at_once_with_their_locations(write):
     write(
         "bad.yml",
@@ -38,7 +45,9 @@ def test_all_problems_are_reported_at_once_with_their_locations(write):
         "3\nzero_optimisation: {stage: 1}\n",
     )
     write("broken.yml", "a: [")
-    lines = refusal("bad.yml", "broken.yml", "missing.yml", overrides=("train.sed=3", "oops"))
+    lines = refusal(
+        "bad.yml", "broken.yml", "missing.yml", overrides=("train.sed=3", "optimizer.learning_rate=1", "oops")
+    )
     expected = [
         ("not YAML", "broken.yml:1"),
         ("no such config file", "missing.yml"),
@@ -50,6 +59,7 @@ def test_all_problems_are_reported_at_once_with_their_locations(write):
         ("unknown key", "bad.yml:8 num_layers", "did you mean model.num_layers?"),
         ("unknown key", "bad.yml:9 zero_optimisation", "did you mean deepspeed.zero_optimization?"),
         ("unknown key", "--set train.sed", "did you mean train.seed?"),
+        ("unknown key", "--set optimizer.learning_rate", "did you mean optimizer.lr?"),
     ]
     for parts in expected:
         assert any(all(part in line for part in parts) for line in lines), (parts, lines)
@@ -75,6 +85,8 @@ def test_all_problems_are_reported_at_once_with_their_locations(write):
         ("optimizer.betas=[0.9, 0.95, 1]", ["--set optimizer.betas;", "want=list of 2 numbers"]),
         ("optimizer.betas=[a]", ["optimizer.betas.0", "got='a'", "want=number"]),
         ("optimizer.betas=0.9", ["optimizer.betas", "want=a list"]),
+        ("optimizer.betas=0.9,0.95", ["optimizer.betas", "want=a list, such as [0.9,0.95]"]),
+        ("checkpoint.resume=true", ["got=True", "want=string"]),
         ("data.train=[{path: a, wieght: 1}]", ["data.train.0.wieght", "did you mean data.train.weight?"]),
         ("data.train=[{weight: 1}]", ["key is missing", "data.train.0.path", "want=data.train.0.path"]),
         ("data.train=[{path: a, weight: -1}]", ["data.train.0.weight", "got=-1"]),

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from neox.config.problems import SHOWN, ConfigErrors, brief, nearest, raise_problems, same_word, similar_words
+from neox.config.problems import (
+    OTHER_NAMES,
+    SHOWN,
+    ConfigErrors,
+    brief,
+    nearest,
+    raise_problems,
+    same_word,
+    similar_words,
+)
+from neox.config.values import known_keys
 from neox.errors import ConfigError
 
 KEYS = [
@@ -79,3 +89,9 @@ def test_words_of_a_flat_key_match_in_any_order_and_none_is_left_over():
 def test_brief_cuts_long_values():
     assert brief("x" * 500) == "'" + "x" * 76 + "..."
     assert brief([1]) == "[1]"
+
+
+def test_names_of_other_libraries_lead_to_keys_that_exist():
+    for name, key in OTHER_NAMES.items():
+        assert key in known_keys()
+        assert nearest(f"train.{name}", known_keys()) == key

@@ -187,9 +187,11 @@ def test_unknown_tasks_and_missing_files_are_named(place, tmp_path, monkeypatch)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", LocalTasks)
     tokenizer = Tokenizer(place / "tokenizer.json")
     model = GPT(ModelConfig(**SIZES, vocab_size=tokenizer.vocab_size), Mesh.single("cpu"))
-    with pytest.raises(ConfigError, match="no such task.*got=frobnicate"):
+    with pytest.raises(ConfigError, match="no such task.*got=frobnicate.*do=lm_eval ls tasks"):
         run_tasks(model, tokenizer, ["local_blimp", "frobnicate"], task_files=str(place))
     assert sought == [False, True]
+    with pytest.raises(ConfigError, match=r"no such task.*do=did you mean local_blimp\?"):
+        run_tasks(model, tokenizer, ["local_blimpp"], task_files=str(place))
     (tmp_path / "x.yaml").write_text((place / "blimp.yaml").read_text().replace("pairs.jsonl", "gone.jsonl"))
     with pytest.raises(DataError, match="local_blimp"):
         run_tasks(model, tokenizer, ["local_blimp"], task_files=str(tmp_path))

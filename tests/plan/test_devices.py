@@ -95,8 +95,9 @@ def test_a_wrong_file_is_refused(text, message, tmp_path):
 
 
 def test_unknown_names_and_absent_files_are_refused():
-    with pytest.raises(ConfigError, match="did you mean a100-40gb"):
-        find_device("a100-40g")
+    for name, close in (("a100-40g", "a100-40gb"), ("H100-80GB", "h100"), ("H200", "h200")):
+        with pytest.raises(ConfigError, match=rf"did you mean {close}\?"):
+            find_device(name)
     with pytest.raises(ConfigError, match="cannot read the device"):
         find_device("absent.yml")
 

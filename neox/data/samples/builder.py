@@ -263,7 +263,7 @@ def run_text(config: Config) -> RunText | None:
     if not data.text:
         return None
     folder = Path(config.run.dir) / "text" if data.text_cache is None else Path(data.text_cache)
-    return RunText(find_files(data.text), str(tokenizer.file), tokenizer.eod_token, folder)
+    return RunText(find_files(data.text, source="data.text"), str(tokenizer.file), tokenizer.eod_token, folder)
 
 
 def documents_of_parts(config: Config) -> dict[str, list[tuple[IndexedDataset, tuple[int, int]]]]:

@@ -79,18 +79,23 @@ def uncompressed_name(path: str) -> str:
     return stem if suffix in CODECS else stem + suffix
 
 
-def find_files(inputs: Sequence[str], suffixes: Sequence[str] = FOLDER_SUFFIXES) -> list[str]:
+def find_files(inputs: Sequence[str], suffixes: Sequence[str] = FOLDER_SUFFIXES, source: str = "--input") -> list[str]:
     """Find the files that inputs name: files, and files in folders with one of `suffixes`, compressed or not.
 
     Folders are searched at any depth, sorted by name; suffixes ignore case. Linked folders are followed. A file that is
     reached twice, by its name, a link or a hard link, is taken once. Hidden files and folders, and files with other
     suffixes, are left out of folders. Each of these is reported as a warning.
 
+    Args:
+        inputs: names of files and folders.
+        suffixes: of the files that are taken from folders.
+        source: option or config key that gave the inputs, for error messages.
+
     Raises:
         DataError: an input is missing, is neither a file nor a folder, or is of a kind that is not read (Parquet,
             archives, ...), or a folder has no such file.
     """
-    finder = _InputFinder(suffixes)
+    finder = _InputFinder(suffixes, source)
     for name in inputs:
         if os.path.isdir(name):
             finder.add_folder(name)
@@ -101,11 +106,11 @@ def find_files(inputs: Sequence[str], suffixes: Sequence[str] = FOLDER_SUFFIXES)
             dangling = os.path.islink(name) and not os.path.exists(name)
             if dangling:
                 raise DataError(
-                    "no such input", where=name, got="a dangling link", want="a file or a folder", do="check --input"
+                    "no such input", where=name, got="a dangling link", want="a file or a folder", do=f"check {source}"
                 )
             raise DataError("input is neither a file nor a folder", where=name)
         else:
-            raise DataError("no such input", where=name, want="a file or a folder", do="check --input")
+            raise DataError("no such input", where=name, want="a file or a folder", do=f"check {source}")
     finder.report()
     return finder.files
 
@@ -113,8 +118,10 @@ def find_files(inputs: Sequence[str], suffixes: Sequence[str] = FOLDER_SUFFIXES)
 class _InputFinder:
     """Collects input files, and what is left out."""
 
-    def __init__(self, suffixes: Sequence[str]):
+    def __init__(self, suffixes: Sequence[str], source: str):
         self.files: list[str] = []
+        self._source = source
+        self._select = "--suffix" if source == "--input" else "neox preprocess --suffix"
         self._suffixes = tuple(suffix.lower() for suffix in suffixes)
         self._seen: dict[tuple[int, int], str] = {}  # (device, inode) -> the name it was taken under
         self._twice: list[str] = []
@@ -183,9 +190,9 @@ class _InputFinder:
         else:
             suffix = next((name for name, _ in others.most_common() if name.startswith(".")), ".py")
             do = (
-                f"name the suffix: --suffix {suffix}"
+                f"select the suffix: {self._select} {suffix}"
                 if "no suffix" not in others
-                else "name the files themselves: --input FOLDER/*"
+                else f"name the files themselves in {self._source}"
             )
         raise DataError("folder has no input files", where=folder, got=got, want=want, do=do)
 
@@ -193,9 +200,10 @@ class _InputFinder:
         """Log what was left out."""
         if self._others:
             log.warning(
-                "left out of folders: %s of other suffixes%s; --suffix selects others",
+                "left out of folders: %s of other suffixes%s; %s selects others",
                 counted(sum(self._others.values()), "file"),
                 _counts(self._others),
+                self._select,
             )
         for paths, what in (
             (self._hidden, "hidden, left out"),

@@ -103,6 +103,21 @@ def test_a_folder_gives_json_lines_under_all_their_names(tmp_path, caplog):
     assert "1 file of other suffixes (.json 1)" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("source", "missing", "suffix"),
+    [
+        ("--input", "do=check --input", "do=select the suffix: --suffix .py"),
+        ("data.text", "do=check data.text", "do=select the suffix: neox preprocess --suffix .py"),
+    ],
+)
+def test_errors_name_what_gave_the_inputs(tmp_path, source, missing, suffix):
+    (tmp_path / "a.py").write_text("1")
+    with pytest.raises(DataError, match=missing):
+        find_files(["nowhere"], source=source)
+    with pytest.raises(DataError, match=suffix):
+        find_files([str(tmp_path)], source=source)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.txt", "a.txt", "a.py", "a.txt.gz"])
 def test_json_lines_under_the_name_of_a_text_are_asked_about(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(LINES) if name.endswith("gz") else LINES)
