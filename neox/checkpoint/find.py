@@ -158,7 +158,8 @@ def _found_at(path: Path) -> str:
     if os.path.lexists(path):
         return "not a folder"
     above = next(folder for folder in path.parents if folder.is_dir())
-    runs = [name for name in sorted(os.listdir(above)) if (above / name / "checkpoints").is_dir()]
+    names = sorted(os.listdir(above))
+    runs = [name for name in names if name == "checkpoints" or (above / name / "checkpoints").is_dir()]
     steps = [folder.path.name for folder in scan(above)]
     there = ", ".join((steps or runs)[-LISTED:])
     return f"no such folder; {above} holds {there}" if there else "no such folder"
