@@ -335,6 +335,13 @@ def test_the_command_line_is_light():
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
+def test_preprocess_starts_without_numpy():
+    """`neox preprocess --help` would take a third longer; a run imports numpy while the first blocks are encoded."""
+    probe = "import neox.cli.preprocess, sys; print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.stdout == "False\n", done.stdout + done.stderr
+
+
 def test_the_config_imports_no_torch():
     probe = (
         "import neox.config.load, neox.config.validate, neox.config.explain, neox.cli.config, sys; print('torch' in "

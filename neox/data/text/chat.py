@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from neox.data.store.indexed import IndexedWriter, token_dtype
 from neox.data.text.preprocess import DEFAULTS, Options, Summary, bad_line_error, encoded_by_processes
@@ -27,6 +26,9 @@ from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError
 from neox.files import JsonObject, JsonValue, read_json, read_text
 from neox.targets import IGNORED
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MESSAGES, PAIR = ("messages",), ("chosen", "rejected")
 TEMPLATES = {  # by name
@@ -173,6 +175,8 @@ class ChatEncoder:
         text, spans = self._template.render_with_answers(messages, more or {})
         if not is_unicode(text):
             raise RefusedConversation("not JSON: a lone surrogate in the text")
+        import numpy as np
+
         ids, offsets = self.tokenizer.encode_with_offsets(text)
         learned = learned_tokens(offsets, spans[-1:] if self._encoding.last_only else spans)
         if self._eod is not None and ids[-1:] != [self._eod]:

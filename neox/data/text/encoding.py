@@ -6,9 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeAlias
 
 from neox._native import core
 from neox.data.store.indexed import token_dtype
@@ -18,6 +16,7 @@ from neox.data.text.tokenizer import Tokenizer, TokenizerFile, load_library, rea
 from neox.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
     import tokenizers
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")  # in order of preference
@@ -27,7 +26,7 @@ COMPARE_EVERY = 4  # blocks: one slice of each such block is compared
 
 log = logging.getLogger("neox.data")
 
-NativeResult = tuple[np.ndarray, np.ndarray, int, int, list[tuple[int, int, int, int]]]
+NativeResult: TypeAlias = "tuple[np.ndarray, np.ndarray, int, int, list[tuple[int, int, int, int]]]"
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,8 @@ def eod_to_append(encoding: Encoding, eod_id: int | None) -> int | None:
     if not encoding.append_eod:
         return None
     if eod_id is None:
-        want, do = "<|endoftext|>, </s>, <|end_of_text|> or <eos>", "name it by --eod-token, or pass --no-append-eod"
+        want = "<|endoftext|>, </s>, <|end_of_text|> or <eos>"
+        do = "name it by --eod-token, or by tokenizer.eod_token in a config; or pass --no-append-eod to neox preprocess"
         raise ConfigError("tokenizer has no end-of-document token", where=encoding.tokenizer, want=want, do=do)
     return eod_id
 
@@ -132,6 +132,8 @@ class HFEncoder:
 
     def __call__(self, block: Block) -> EncodedBlock:
         """Parse and encode. Documents without text or tokens are left out and counted."""
+        import numpy as np
+
         parsed = [
             ParsedLines([], [item], 0) if isinstance(item, BadLine) else parse(item, self._encoding.json_key)
             for item in block
@@ -249,7 +251,7 @@ class NativeEncoder:
                 continue
             more_tokens, more_sizes, *_ = self._here.text(text.encode(), self._eod, self._bos).result()
             part.empty += int(more_sizes.size == 0)
-            end = first_token + int(sizes[first_document:document].sum(dtype=np.int64))
+            end = first_token + int(sizes[first_document:document].sum(dtype="int64"))
             part.tokens += [tokens[first_token:end], more_tokens]
             part.sizes += [sizes[first_document:document], more_sizes]
             first_token, first_document = end, document
@@ -285,6 +287,8 @@ class EncodedChunk:
 
 def concatenated(arrays: list[list[np.ndarray]], dtype: str) -> np.ndarray:
     """The concatenated arrays; a single one is not copied."""
+    import numpy as np
+
     flat = [array for part in arrays for array in part]
     return flat[0] if len(flat) == 1 else np.concatenate(flat, dtype=dtype) if flat else np.empty(0, dtype=dtype)
 
