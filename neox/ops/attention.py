@@ -106,8 +106,8 @@ def attention_qkv(
         qkv: [b, s, g, m + 2, d], dtypes as for `attention`: per key/value head the m = n / g query heads that share it,
             then its key, then its value.
         causal, scale, window, segment_ids, alibi_slopes, softcap, dropout_p, backend, mask_cache: as in `attention`.
-        rotary: cos and sin, as for `rotary_qkv`, by which queries and keys are rotated in place first. The native
-            backward then rotates the gradient in place, too, which `rotary_qkv` alone has to copy.
+        rotary: cos and sin, as for `rotary_qkv`, by which queries and keys are rotated in place first. The backward
+            then rotates the gradient in place, too, which `rotary_qkv` alone has to copy.
 
     Returns:
         [b, s, n, d], contiguous, dtype of qkv.
@@ -119,11 +119,14 @@ def attention_qkv(
     chosen = choose_backend(backend, qkv.device.type, qkv.dtype, softcap)
     base = owner(qkv)
     # autograd refuses a view that is changed by a function with several results
-    if rotary is not None and (torch.compiler.is_compiling() or chosen == "sdpa" or base._is_view()):
+    if rotary is not None and (torch.compiler.is_compiling() or base._is_view()):
         qkv, rotary = rotary_qkv(qkv, *rotary), None
     if chosen == "sdpa":
-        # the backward of split writes dqkv once; that of each slice would write a dqkv of zeros and add it
-        q, k, v = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)
+        if rotary is None:
+            # the backward of split writes dqkv once; that of each slice would write a dqkv of zeros and add it
+            q, k, v = split_qkv(qkv)
+        else:
+            _, q, k, v = _RotatedSplit.apply(base, rotary, qkv.shape)
         spec = MaskSpec(causal, window, segment_ids, alibi_slopes)
         return sdpa_attention(
             q.flatten(2, 3), k.squeeze(3), v.squeeze(3), spec, scale=scale, dropout_p=dropout_p, mask_cache=mask_cache
@@ -136,6 +139,11 @@ def attention_qkv(
     if rotary is None:
         return native.attention_qkv(qkv, *tensors, *options)[0]
     return _RotatedAttention.apply(base, rotary, qkv.shape, tensors, options)[0]
+
+
+def split_qkv(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of the queries [b, s, g, m, d], keys and values [b, s, g, 1, d] of a packed projection."""
+    return qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)
 
 
 def hopper(chosen: str) -> tuple[bool, ...]:
@@ -417,6 +425,37 @@ def _dqkv(dout, saved, options):
     """The gradient of qkv, in new memory."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     return native.attention_qkv_backward(dout, *saved, *options[:5], deterministic, *options[5:])
+
+
+class _RotatedSplit(torch.autograd.Function):
+    """Rotates its first input in place, marks it as changed for autograd, and splits it into views.
+
+    As in `_RotatedAttention`, nobody else sees the packed gradient before it is rotated. It is 4 % of the bytes of a
+    step of Pythia (docs/kernels.md).
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, rotary, shape):
+        packed = qkv.view(shape)
+        native.rotary_qkv_(packed, *rotary, False)
+        ctx.mark_dirty(qkv)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*rotary)
+        ctx.shapes = shape, qkv.shape
+        return qkv, *split_qkv(packed)
+
+    @staticmethod
+    def backward(ctx, drotated, dq, dk, dv):
+        cos, sin = ctx.saved_tensors
+        packed, product = ctx.shapes
+        if dq is None:  # the attention has no gradient, but another reader of the rotated projection has
+            dqkv = drotated.reshape(packed).clone(memory_format=torch.contiguous_format)
+        else:
+            dqkv = torch.cat([dq, dk, dv], dim=3)
+            if drotated is not None:
+                dqkv += drotated.view(packed)
+        native.rotary_qkv_(dqkv, cos, sin, True)
+        return dqkv.view(product), None, None
 
 
 class _RotatedAttention(torch.autograd.Function):

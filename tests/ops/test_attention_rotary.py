@@ -60,11 +60,12 @@ def test_rotation_inside_gives_the_same_bits(form, backend, dtype, repeatable):
         assert torch.equal(got, wanted)
 
 
-def test_the_gradient_is_not_copied():
+@pytest.mark.parametrize("backend", ["native", "sdpa"])
+def test_the_gradient_is_not_copied(backend):
     x, weight, tables = inputs()
     for rotated, copies in (
-        (attention_qkv(project(x, weight), rotary=tables, backend="native"), 0),
-        (attention_qkv(rotary_qkv(project(x, weight), *tables), backend="native"), 1),
+        (attention_qkv(project(x, weight), rotary=tables, backend=backend), 0),
+        (attention_qkv(rotary_qkv(project(x, weight), *tables), backend=backend), 1),
     ):
         with Operators() as operators:
             torch.autograd.grad(rotated.sum(), weight)
@@ -72,27 +73,29 @@ def test_the_gradient_is_not_copied():
         assert operators.names.count("rotary_qkv_") == 1
 
 
-def test_the_projection_is_changed_in_place_and_may_have_other_readers():
+@pytest.mark.parametrize("backend", ["native", "sdpa"])
+def test_the_projection_is_changed_in_place_and_may_have_other_readers(backend):
     x, weight, tables = inputs()
     product = torch.nn.functional.linear(x, weight)
     packed = product.view(B, S, G, M + 2, D)
-    out = attention_qkv(packed, rotary=tables, backend="native")
+    out = attention_qkv(packed, rotary=tables, backend=backend)
     rotated = rotary_qkv(project(x, weight), *tables)
     assert torch.equal(packed, rotated)
-    want = attention_qkv(rotated, backend="native")
+    want = attention_qkv(rotated, backend=backend)
     ours, theirs = (out * 2).sum() + (packed * packed).sum(), (want * 2).sum() + (rotated * rotated).sum()
     reference.assert_near(torch.autograd.grad(ours, x)[0], torch.autograd.grad(theirs, x)[0])
     again = project(x, weight)
-    attention_qkv(again, rotary=tables, backend="native")
+    attention_qkv(again, rotary=tables, backend=backend)
     (alone,) = torch.autograd.grad((again * again).sum(), x)
     reference.assert_near(alone, torch.autograd.grad((rotary_qkv(project(x, weight), *tables) ** 2).sum(), x)[0])
 
 
-def test_autograd_refuses_values_that_the_rotation_changed():
+@pytest.mark.parametrize("backend", ["native", "sdpa"])
+def test_autograd_refuses_values_that_the_rotation_changed(backend):
     x, weight, tables = inputs()
     product = torch.nn.functional.linear(x, weight)
     square = product * product
-    attention_qkv(product.view(B, S, G, M + 2, D), rotary=tables, backend="native")
+    attention_qkv(product.view(B, S, G, M + 2, D), rotary=tables, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.sum().backward()
 
