@@ -118,7 +118,9 @@ def explain(key: str, loaded: Loaded | None = None) -> KeyHelp:
         passed = tuple(f"deepspeed.{name}" for name in DEEPSPEED_KEYS if name not in OWNED_KEYS)
         return KeyHelp(key, field.description or "", "section", None, passed)
     schema = property_schema(key)
-    default = "derived (see the meaning), or required" if field.is_required() else inline(schema.get("default"))
+    default = inline(schema.get("default"))
+    if field.is_required():
+        default = "derived (see the meaning)" if "default" in (field.description or "") else "required"
     value = None if loaded is None else dict(flatten(loaded.config)).get(key)
     origin = None if loaded is None else loaded.origins.get(key)
     return KeyHelp(key, field.description or "", type_text(schema), default, below, value, origin)

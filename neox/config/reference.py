@@ -12,6 +12,8 @@ from neox.config.gpt_neox.keys import GPT_NEOX_KEYS
 from neox.config.schema import Config
 from neox.config.values import known_keys
 
+DEFAULT_WORDS = {"derived (see the meaning)": "derived", "required": "required"}
+
 
 def gpt_neox_names() -> dict[str, list[str]]:
     """Native key -> the keys of GPT-NeoX that set it."""
@@ -54,8 +56,7 @@ def _config_lines() -> Iterator[str]:
         for key in known_keys():
             if key.startswith(f"{section}."):
                 row = explain(key)
-                derived = row.default is None or row.default.startswith("derived")
-                default = "derived, or required" if derived else code(row.default or "")
+                default = DEFAULT_WORDS.get(row.default or "") or code(row.default or "")
                 theirs = " ".join(code(name) for name in names.get(key, ()))
                 yield f"| `{key}` | {cell(row.type)} | {default} | {cell(row.meaning)} | {theirs} |"
     yield from ("", "## deepspeed", "", "Keys that are passed to DeepSpeed unchanged:", "")

@@ -54,8 +54,8 @@ def test_every_key_can_be_explained():
         ("optimizer.betas", "list of 2 numbers", "[0.9, 0.95]"),
         ("model.sliding_window", "integer > 0 or null", "null"),
         ("data.document-mask", "boolean", "false"),
-        ("model.vocab_size", "integer > 0", "derived (see the meaning), or required"),
-        ("model.rope_scaling.factor", "number > 0", "derived (see the meaning), or required"),
+        ("model.vocab_size", "integer > 0", "derived (see the meaning)"),
+        ("model.rope_scaling.factor", "number > 0", "required"),
     ],
 )
 def test_type_and_default(key, type_, default):

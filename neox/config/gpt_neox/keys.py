@@ -103,7 +103,7 @@ VOCABULARY = {
 }
 OPTIMIZER = {
     "optimizer": _translated(
-        "optimizer",
+        "optimizer.type optimizer.lr optimizer.betas optimizer.eps optimizer.weight_decay",
         "type and params; Adam of GPT-NeoX decouples the weight decay too",
         {"type": "Adam", "params": {"lr": 0.001}},
     ),
@@ -119,7 +119,10 @@ OPTIMIZER = {
     "warmup": _translated(
         "schedule.warmup_iters", "x lr_decay_iters, or train_iters if that is not set; not rounded", 0.01
     ),
-    "fp16": _translated("precision", "enabled, initial_scale_power, loss_scale_window, min_loss_scale"),
+    "fp16": _translated(
+        "precision.dtype precision.initial_scale_power precision.loss_scale_window precision.min_loss_scale",
+        "enabled, initial_scale_power, loss_scale_window, min_loss_scale",
+    ),
     "bf16": _translated("precision.dtype", "enabled"),
     "zero_optimization": _translated(
         "zero.stage deepspeed.zero_optimization", "stage; other keys are passed to DeepSpeed", {"stage": 0}
