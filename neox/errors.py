@@ -77,6 +77,10 @@ class CheckpointError(NeoxError):
     exit_code = 4
 
 
+class ModelMismatch(CheckpointError):
+    """A checkpoint of another model: its tensors have other names or shapes."""
+
+
 class DiskError(NeoxError):
     """A failed write: disk full, read-only, folder missing."""
 

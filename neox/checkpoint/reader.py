@@ -33,7 +33,7 @@ from neox.checkpoint.retention import folder_name, folder_step
 from neox.checkpoint.shard import DTYPES
 from neox.checkpoint.shard_reader import ShardReader
 from neox.checkpoint.storage import LOCAL, Storage, unreadable
-from neox.errors import CheckpointError
+from neox.errors import CheckpointError, ModelMismatch
 from neox.files import TEMPORARY, JsonObject
 from neox.printing import counted
 
@@ -113,7 +113,7 @@ class Checkpoint:
         return found
 
     def check(self, wanted: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
-        """Raises one CheckpointError that counts the differences between stored and wanted tensors and lists the first.
+        """Raises one ModelMismatch that counts the differences between stored and wanted tensors and lists the first.
 
         Args:
             wanted: (name, kind, logical shape). Tensors that are stored and not wanted count as differences where their
@@ -126,7 +126,7 @@ class Checkpoint:
             more = [f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
             do = "use the model section of the checkpoint, or train another model in another run.dir, not from this one"
             got = f"{counted(len(wrong), 'tensor')}: {', '.join(wrong[:LISTED] + more)}"
-            raise CheckpointError("tensors do not fit the model", where=self.path, got=got, do=do)
+            raise ModelMismatch("tensors do not fit the model", where=self.path, got=got, do=do)
 
     def stored_shapes(self, kinds: set[str]) -> Shapes:
         """(kind, name) -> logical shape of every tensor of these kinds."""

@@ -61,8 +61,23 @@ class CommandParser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace or argparse.Namespace())
         if unknown:
             self.prog = " ".join([self.prog, *filter(None, [getattr(parsed, "action", None)])])
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            where, do = self.prog, f"{self.prog} --help"
+            close = nearest_option(unknown[0].partition("=")[0], self.format_help())
+            raise ConfigError(
+                f"unrecognized arguments: {' '.join(unknown)}",
+                where=where,
+                do=f"did you mean {close}? See {do}" if close else do,
+            )
         return parsed
+
+
+def nearest_option(word: str, help_text: str) -> str | None:
+    """Return the option of a command's help that an unknown one most likely means, or None."""
+    import difflib  # needed for this error only
+    import re
+
+    known = re.findall(r"(?<![\w-])--[a-z][\w-]*", help_text)
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.7)), None)
 
 
 def usage() -> str:

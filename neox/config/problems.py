@@ -110,7 +110,12 @@ def similar_words(name: str, known: Iterable[str]) -> list[str]:
     return [key for extra, key in found if extra == fewest][:3]
 
 
+def yaml_constant(value: object) -> str | None:
+    """Return null, true or false for the value that YAML reads from it; None for any other value."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else None
+
+
 def brief(value: object, limit: int = 80) -> str:
-    """Return a short representation of a value, for `got=`."""
-    text = repr(value)
+    """Return a short representation of a value, for `got=`, with null, true and false as YAML writes them."""
+    text = yaml_constant(value) or repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

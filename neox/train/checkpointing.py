@@ -21,7 +21,7 @@ from neox.engine.engine import Engine
 from neox.errors import DiskError, NonFinite
 from neox.train.metrics import Record
 from neox.train.recorder import Recorder
-from neox.train.resume import Resumed, describe_changes
+from neox.train.resume import Resumed, describe_changes, model_changes, naming_changes
 from neox.train.rng_state import get_generators, same_ranks
 from neox.train.run_dir import RunDir, note_checkpoint
 
@@ -101,7 +101,8 @@ class Checkpointer:
         rng = None
         if resumed is not None:
             with Checkpoint(resumed.path) as checkpoint:
-                self.engine.restore(checkpoint)
+                with naming_changes(model_changes(checkpoint, self.config)):
+                    self.engine.restore(checkpoint)
                 # A state belongs to a rank of a layout. In another layout, rank 1 may have to draw what rank 0 draws,
                 # from which it differed before.
                 if same_ranks(checkpoint.layout, self.layout):
@@ -120,11 +121,11 @@ class Checkpointer:
     def take_weights(self, path: Path) -> None:
         """Start from the weights of another run's checkpoint, and report how the two models differ."""
         with open_weights(path) if self.config.model.lora is None else Checkpoint(path) as checkpoint:
-            self.engine.take_weights(checkpoint)
-            self.recorder.report(f"weights of {checkpoint.path}, step {checkpoint.step}")
-            for key, value in to_builtins(self.config.model).items():
-                if key in checkpoint.model_config and checkpoint.model_config[key] != value:
-                    self.recorder.report(f"model.{key}: {checkpoint.model_config[key]} -> {value}")
+            changes = model_changes(checkpoint, self.config)
+            with naming_changes(changes):
+                self.engine.take_weights(checkpoint)
+            for line in (f"weights of {checkpoint.path}, step {checkpoint.step}", *changes):
+                self.recorder.report(line)
 
     def is_due(self, step: int) -> bool:
         """Whether the config asks for a checkpoint of this step."""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from neox.checkpoint.manifest import read_manifest
+from neox.checkpoint.reader import Checkpoint
 from neox.config.load import loads
+from neox.config.problems import yaml_constant
 from neox.config.schema import Config
 from neox.config.validate import batch_sizes
-from neox.config.values import flatten
+from neox.config.values import flatten, to_builtins
 from neox.data.samples.cursor import Cursor, SavedCursor
 from neox.engine.lr_schedule import build_lr_schedule
-from neox.errors import CheckpointError, ConfigError
+from neox.errors import CheckpointError, ConfigError, ModelMismatch
 from neox.files import JsonObject
 
-QUIET = ("run.", "checkpoint.resume", "checkpoint.accept_data_change")  # keys that concern only this start
+# keys that concern only this start, or that a resume ignores
+QUIET = ("run.", "checkpoint.resume", "checkpoint.accept_data_change", "checkpoint.init_from")
 
 
 @dataclass(frozen=True)
@@ -97,12 +102,41 @@ def describe_changes(resumed: Resumed, config: Config, world_size: int) -> list[
         ]
     before, after = dict(flatten(resumed.config)), dict(flatten(config))
     given = [key for key, value in after.items() if before.get(key) != value and not key.startswith(QUIET)]
-    out += [f"{key}: {before.get(key)} -> {after[key]}" for key in given]
+    out += [f"{key}: {as_yaml(before.get(key))} -> {as_yaml(after[key])}" for key in given]
     old, new = derived(resumed.config, resumed.world_size), derived(config, world_size)
     for key, (value, source) in new.items():
         if key in old and old[key][0] != value and key not in given:
-            out.append(f"{key}: {old[key][0]} -> {value} (follows from {source})")
+            out.append(f"{key}: {as_yaml(old[key][0])} -> {as_yaml(value)} (follows from {source})")
     return out + learning_rate(resumed.config, config, resumed.step + 1, resumed.state["updates"])
+
+
+def model_changes(checkpoint: Checkpoint, config: Config) -> list[str]:
+    """Differences between the model of a checkpoint and that of this start, as lines. A key of one alone is omitted."""
+    before = checkpoint.model_config
+    return [
+        f"model.{key}: {as_yaml(before[key])} -> {as_yaml(value)}"
+        for key, value in to_builtins(config.model).items()
+        if key in before and before[key] != value
+    ]
+
+
+@contextlib.contextmanager
+def naming_changes(changes: Sequence[str]) -> Iterator[None]:
+    """Add the changed keys of the model to the error of a checkpoint whose tensors do not fit it.
+
+    Raises:
+        ModelMismatch: as raised inside.
+    """
+    try:
+        yield
+    except ModelMismatch as error:
+        got = "; ".join([str(error.got), ", ".join(changes)]) if changes else error.got
+        raise ModelMismatch(error.what, where=error.where, got=got, do=error.do) from None
+
+
+def as_yaml(value: object) -> str:
+    """Return a value as text, with null, true and false as YAML writes them."""
+    return yaml_constant(value) or str(value)
 
 
 def derived(config: Config, world_size: int) -> dict[str, tuple[object, str]]:

@@ -103,6 +103,8 @@ def test_an_unknown_option_is_a_complaint_of_the_action(capsys):
     )
     assert cli.main(["doctor", "--nope"]) == 2
     assert "where=neox doctor; do=neox doctor --help" in capsys.readouterr().err
+    assert cli.main(["train", "--config", "my.yml"]) == 2
+    assert "where=neox train; do=did you mean --conf? See neox train --help" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("torch", [False, True])

@@ -312,7 +312,7 @@ def read_as_lines(path: str, start: bytes, form: str = "auto") -> bool:
         "file may be JSON lines or one document",
         where=path,
         got=got,
-        do="pass --format jsonl or --format txt, or rename it to .jsonl",
+        do="rename it to .jsonl or .txt; or pass --format jsonl or --format txt to neox preprocess",
     )
 
 
@@ -326,7 +326,7 @@ def refuse_table(path: str, suffix: str) -> None:
     first = "decompress it; " if codec_of(path) else ""
     do = (
         f'{first}python -c "{code}" {shlex.quote(path[: end + len(suffix)])} > {shlex.quote(path[:end] + ".jsonl")}; '
-        f"or pass --format txt"
+        f"or pass --format txt to neox preprocess"
     )
     raise DataError("file is a table", where=path, got=kind, want="JSON lines or text", do=do)
 
@@ -344,7 +344,7 @@ def refuse_one_value(path: str, first: bytes, more: bool) -> None:
         do = f'python -c "{ARRAY}" {shlex.quote(path)} > {shlex.quote(target)}'
         raise DataError("file is one JSON array and not JSON lines", where=path, want="one JSON object per line", do=do)
     if more and first.startswith(b"{") and first.endswith((b"{", b",", b"[", b":")):
-        do = "write each object on one line, or pass --format txt for files that are one document each"
+        do = "write each object on one line; or pass --format txt to neox preprocess for files of one document each"
         raise DataError(
             "file is one JSON object over several lines", where=path, want="one JSON object per line", do=do
         )

@@ -19,6 +19,7 @@ from neox.config.values import flatten
 from tests.config.rules.contradictions import BASE, CASES, Case, report
 
 MODULES = (data, layout, model, training)
+YAML_CONSTANTS = {"None": "null", "True": "true", "False": "false"}
 
 
 def test_there_are_many_cases_and_no_duplicates():
@@ -35,7 +36,8 @@ def test_a_contradiction_names_its_keys_their_values_and_the_rule(case: Case):
     }
     for key in case.keys:
         if key in values:
-            assert any(f"{key} = {values[key]!r}" in line for line in naming), (key, naming)
+            text = YAML_CONSTANTS.get(repr(values[key]), repr(values[key]))
+            assert any(f"{key} = {text}" in line for line in naming), (key, naming)
     assert all(line.startswith("error[2] ") and "; want=" in line for line in lines)
 
 

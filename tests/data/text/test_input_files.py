@@ -121,7 +121,9 @@ def test_errors_name_what_gave_the_inputs(tmp_path, source, missing, suffix):
 @pytest.mark.parametrize("name", ["a.jsonl.txt", "a.txt", "a.py", "a.txt.gz"])
 def test_json_lines_under_the_name_of_a_text_are_asked_about(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(LINES) if name.endswith("gz") else LINES)
-    with pytest.raises(DataError, match="JSON lines or one document; .*do=pass --format jsonl or --format txt"):
+    with pytest.raises(
+        DataError, match="JSON lines or one document; .*do=rename it to .jsonl or .txt; or pass --format"
+    ):
         texts(tmp_path, name)
     assert texts(tmp_path, name, form="jsonl") == ["a", "b"]
     assert texts(tmp_path, name, form="txt") == [LINES.decode()]
@@ -182,7 +184,7 @@ def test_a_table_is_refused_with_the_command_that_converts_it(tmp_path, name, se
     with pytest.raises(DataError, match="file is a table") as refused:
         texts(tmp_path, name)
     command, _, other = str(refused.value.do).rpartition("; or pass ")
-    assert other == "--format txt"
+    assert other == "--format txt to neox preprocess"
     subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True)  # noqa: S602 - the command in the error message
     assert texts(tmp_path, f"{name[0]}.jsonl") == ['one, "two"\nthree ü']
     (tmp_path / "c.csv.gz").write_bytes(gzip.compress(b"text\na\n"))
