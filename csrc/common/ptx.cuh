@@ -2,6 +2,7 @@
 // nothing in nvcc's host pass. Layouts and operands: PTX ISA, sections on mma.m16n8k16, ldmatrix, cp.async and bar.
 #pragma once
 
+#include <cfloat>
 #include <type_traits>
 
 #include "common/device.cuh"
@@ -245,7 +246,8 @@ NEOX_DEVICE float fast_exp2(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 #else
-    return exp2f(x);
+    const float y = exp2f(x);
+    return y < FLT_MIN ? 0.0f : y;
 #endif
 }
 

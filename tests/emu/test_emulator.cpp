@@ -280,10 +280,18 @@ void test_rows_that_packs_fit() {
     }
 }
 
+// As ex2.approx.ftz.f32.
+void test_powers_flush_subnormals() {
+    EXPECT(neox::fast_exp2(-126.0f) == 0x1p-126f);
+    EXPECT(neox::fast_exp2(-127.0f) == 0.0f && neox::fast_exp2(-INFINITY) == 0.0f);
+    EXPECT(std::isnan(neox::fast_exp2(NAN)));
+}
+
 }  // namespace
 
 int main() {
     test_16_bit_floats();
+    test_powers_flush_subnormals();
     test_rows_that_packs_fit<float>();
     test_rows_that_packs_fit<__nv_bfloat16>();
     for (const auto order : {simt::Order::kRoundRobin, simt::Order::kReverse, simt::Order::kRandom}) {
