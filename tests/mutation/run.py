@@ -2,8 +2,9 @@
 
     python -m tests.mutation.run neox/train/progress.py --number 20 --seed 1
 
-Works in a copy of the checkout under build/mutation. A C++ file is compiled again for each change. Exits with 1 if a
-change survives; some survivors compute the same and need no test.
+Works in a copy of the checkout under build/mutation, one for each process. A C++ file is compiled again for each
+change, and a CUDA kernel for the emulator. Exits with 1 if a change survives; some survivors compute the same and need
+no test.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 
 from tests.mutation import cpp_source, python_source
 from tests.mutation.python_source import Mutation
-from tests.mutation.suites import native_tests_of, tests_of
-from tests.mutation.workplace import CAUGHT, NOT_BUILT, SURVIVED, Copy, NativeSuite, preload
+from tests.mutation.suites import emulated_tests_of, native_tests_of, tests_of
+from tests.mutation.workplace import CAUGHT, NOT_BUILT, SURVIVED, Copy, NativeSuite, Suite, preload
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,10 +50,7 @@ def survivors(tree: Copy, module: str, args: argparse.Namespace, report: Callabl
     """Number of survivors of one module, each reported as it is found."""
     source = (tree.root / module).read_bytes()
     python = module.endswith(".py")
-    tests = args.tests or tests_of(tree.root, module)
-    suite = tree.suite(tests, native=None if python else native_tests_of(tree.root, module))
-    if isinstance(suite, NativeSuite) and not module.startswith("csrc/data/"):
-        suite.use_operators()
+    suite = suite_of(tree, module, args.tests)
     if suite.run() != SURVIVED:
         report(f"{module}: its tests fail without a change\n{suite.output()}")
         return 1
@@ -71,6 +69,17 @@ def survivors(tree: Copy, module: str, args: argparse.Namespace, report: Callabl
     return counts[SURVIVED]
 
 
+def suite_of(tree: Copy, module: str, tests: list[str] | None) -> Suite:
+    """The tests of a module: those on the emulator for a CUDA kernel, unless `tests` names others."""
+    if tests is None and module.endswith((".cu", ".cuh")):
+        return tree.emulated_suite(emulated_tests_of(tree.root, module))
+    tests = tests or tests_of(tree.root, module)
+    suite = tree.suite(tests, native=None if module.endswith(".py") else native_tests_of(tree.root, module))
+    if isinstance(suite, NativeSuite) and not module.startswith("csrc/data/"):
+        suite.use_operators()
+    return suite
+
+
 def described(module: str, source: bytes, mutation: Mutation) -> str:
     """FILE:LINE, the text before and after; the complete lines, so that it can be found."""
     start = source.rfind(b"\n", 0, mutation.start) + 1
@@ -83,11 +92,15 @@ def described(module: str, source: bytes, mutation: Mutation) -> str:
 def main(argv: list[str]) -> int:
     """Run; 1 if a change survived."""
     args = arguments(argv)
-    folder = ROOT / "build" / "mutation"
+    folder = ROOT / "build" / "mutation" / str(os.getpid())
     shutil.rmtree(folder, ignore_errors=True)
-    tree = Copy(ROOT, folder, tracked_files(ROOT))
-    preload()
-    return int(sum(survivors(tree, module, args, lambda text: print(text, flush=True)) for module in args.module) > 0)
+    try:
+        tree = Copy(ROOT, folder, tracked_files(ROOT))
+        preload()
+        counts = [survivors(tree, module, args, lambda text: print(text, flush=True)) for module in args.module]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return int(sum(counts) > 0)
 
 
 def tracked_files(root: Path) -> list[str]:

@@ -63,3 +63,14 @@ def native_tests_of(root: Path, module: str) -> list[str]:
     return (
         [f"{name}_plain"] if (root / "tests" / "cpp" / f"{name}.cpp").exists() and "data" in Path(module).parts else []
     )
+
+
+def emulated_tests_of(root: Path, module: str) -> list[str]:
+    """Operators whose tests on the emulator run a CUDA kernel or header: names for test_ops_check."""
+    sources = (root / "tests" / "emu").glob("test_*.cpp")
+    operators = [
+        path.stem.removeprefix("test_")
+        for path in sources
+        if "emu_test::Operator registered" in path.read_text(encoding="utf-8")
+    ]
+    return sorted(op for op in operators if "ops" not in Path(module).parts or op.startswith(Path(module).parts[2]))

@@ -40,6 +40,10 @@ class Copy:
         """Tests to run in the copy; `native` names C++ tests of the dataset core, and is None for Python."""
         return Suite(self.folder, tests) if native is None else NativeSuite(self.folder, tests, native)
 
+    def emulated_suite(self, operators: Sequence[str]) -> EmulatedSuite:
+        """Tests of CUDA kernels on the emulator."""
+        return EmulatedSuite(self.folder, [], operators)
+
     @contextlib.contextmanager
     def changed(self, name: str, content: bytes) -> Iterator[None]:
         """The copy with another content of one file while the context is open."""
@@ -153,21 +157,40 @@ class NativeSuite(Suite):
         """Build, run the C++ tests, then those in Python."""
         if not self.succeeds([sys.executable, "-c", BUILD_ONE, self.extension, "-q", "build_ext", "--inplace"]):
             return NOT_BUILT
-        if self.native and not self.build_folder.exists():
-            self.succeeds(
-                ["cmake", "-S", ".", "-B", "build/native", "-G", "Ninja", f"-DPython3_EXECUTABLE={sys.executable}"]
-            )
-        if self.native and not self.succeeds(["cmake", "--build", "build/native", "--target", *self.native]):
+        if self.native and not self.builds(self.native):
             return NOT_BUILT
         if not all(self.succeeds([self.build_folder / "tests" / "cpp" / name], self.limit) for name in self.native):
             return CAUGHT
         return super().run() if self.tests else SURVIVED
+
+    def builds(self, targets: Sequence[str]) -> bool:
+        """Whether these targets of CMake can be built."""
+        if not self.build_folder.exists():
+            self.succeeds(
+                ["cmake", "-S", ".", "-B", "build/native", "-G", "Ninja", f"-DPython3_EXECUTABLE={sys.executable}"]
+            )
+        return self.succeeds(["cmake", "--build", "build/native", "--target", *targets])
 
     def succeeds(self, command: Sequence[str | Path], limit: float | None = None) -> bool:
         """Whether a command exits with 0 within its time limit."""
         with self.log.open("wb") as log:
             process = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=log, stderr=log)
             return wait(process.pid, limit) == 0
+
+
+class EmulatedSuite(NativeSuite):
+    """Tests of CUDA kernels, on the emulator that looks for races and bad accesses; `native` names the operators."""
+
+    def run(self) -> str:
+        """Build the emulated kernels and their tests, then run those of the operators."""
+        start = time.monotonic()
+        if not self.builds(["test_ops_check"]):
+            return NOT_BUILT
+        executable = self.build_folder / "tests" / "emu" / "test_ops_check"
+        passed = all(self.succeeds([executable, operator], self.limit) for operator in self.native)
+        if self.limit is None:
+            self.limit = LEAST_SECONDS + 3 * (time.monotonic() - start)
+        return SURVIVED if passed else CAUGHT
 
 
 def compiler_cache(folder: Path) -> dict[str, str]:
