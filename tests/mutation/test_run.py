@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
-from tests.mutation import cpp_source, python_source, suites
+from tests.mutation import cpp_source, python_source, suites, workplace
 from tests.mutation.run import described, drawn
 
 TOY = """def clamp(x, low=0):
@@ -146,6 +147,11 @@ def test_every_line_is_drawn_once_before_any_is_drawn_twice():
     assert len(set(order[:6])) == 6 == len(set(order))
     assert [m.line for m in drawn(found, "1")] == order
     assert described("toy.py", TOY.encode(), found[0]).startswith("toy.py:1\n  - def clamp")
+
+
+def test_the_tests_are_chosen_by_markers_that_exist(pytestconfig):
+    declared = {line.split(":")[0] for line in pytestconfig.getini("markers")}
+    assert set(re.findall(r"\w+", " ".join(workplace.QUICK_FIRST))) - {"not", "and", "or"} <= declared
 
 
 def test_every_module_has_tests(repository):

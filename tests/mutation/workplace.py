@@ -21,7 +21,7 @@ SURVIVED, CAUGHT, NOT_BUILT = "survived", "caught", "not built"
 PRELOADED = ("torch", "numpy", "pydantic", "yaml", "safetensors", "tokenizers", "deepspeed", "transformers", "rich")
 LEAST_SECONDS = 20.0  # of a time limit
 NIGHTLY = "fuzz or parallel or faults or harness or sweep"
-QUICK_FIRST = (f"not ({NIGHTLY} or distributed or slow)", f"(distributed or slow) and not ({NIGHTLY})")
+QUICK_FIRST = (f"not ({NIGHTLY} or distributed)", f"distributed and not ({NIGHTLY})")
 
 
 class Copy:
