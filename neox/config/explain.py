@@ -148,6 +148,9 @@ def _explain_gpt_neox(key: str) -> KeyHelp:
     else:
         meaning = f"ignored: {rule.text}" if rule.kind == "ignored" else rule.text
     to = f" -> {', '.join(rule.to)}" if rule.kind == "translated" else ""
+    same = [name for name in known_keys() if name.rpartition(".")[2] == key and name not in rule.to]
+    if same:
+        meaning += f"; neox has {', '.join(same)}"
     default = None if rule.default is None else inline(rule.default)
     return KeyHelp(key, f"key of GPT-NeoX{to}: {meaning}", f"{rule.kind}, the type of GPT-NeoX", default)
 

@@ -236,6 +236,8 @@ def schema_problem(detail: ErrorDetails, key: str, place: str) -> ConfigError:
         return ConfigError("key is missing", where=place, want=key)
     no_space = detail["type"] in NOT_A_SECTION and isinstance(detail["input"], str) and ":" in detail["input"]
     do = "put a space after the colon of each key below it" if no_space else misplaced_section(key, detail["input"])
+    if detail["type"] == "string_type" and type(detail["input"]) in (int, float):
+        do = do or f"put the value in quotes: '{brief(detail['input'])}'"
     return ConfigError("bad value", where=place, got=brief(detail["input"]), want=wanted(detail), do=do)
 
 
@@ -254,10 +256,8 @@ def wanted(detail: ErrorDetails) -> str:
     if detail["type"] == "tuple_type":
         items = detail["input"]
         return f"a list, such as [{items}]" if isinstance(items, str) and "," in items else "a list"
-    text = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    text = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ").removeprefix("Value error, ")
     value = detail["input"]
     if detail["type"] == "int_type" and isinstance(value, float) and value.is_integer() and abs(value) < 1e18:
         text += f", such as {int(value)}"
-    if detail["type"] == "string_type" and not isinstance(value, bool):
-        text += "; put it in quotes"
     return text

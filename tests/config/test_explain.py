@@ -112,5 +112,6 @@ def test_the_native_form_loads_to_the_same_config_and_holds_no_defaults(tmp_path
 def test_a_key_of_gpt_neox_is_explained():
     assert "model.parallel_residual" in explain("gpt-j-residual").meaning
     assert "tanh" in explain("bias_gelu_fusion").meaning and explain("bias_gelu_fusion").default == "false"
+    assert explain("lr").meaning.endswith("; neox has optimizer.lr")
     assert explain("moe_num_experts").type.startswith("unsupported")
     assert explain("rope_fusion").meaning.startswith("key of GPT-NeoX: ignored: the kernels of neox")

@@ -77,7 +77,12 @@ def test_all_problems_are_reported_at_once_with_their_locations(write):
         ("optimizer.lr=.nan", ["got=nan"]),
         ("data.document_mask=yes", ["got='yes'", "boolean"]),
         ("data.document_mask=1", ["got=1", "boolean"]),
-        ("run.dir=3", ["got=3", "string; put it in quotes"]),
+        ("run.dir=3", ["got=3", "want=string; do=put the value in quotes: '3'"]),
+        ("data.split=98", ["got=98", "do=put the value in quotes: '98'"]),
+        *(
+            (f"data.split='{split}'", ["--set data.split;", f"got='{split}'", "want=one to three shares such as 969"])
+            for split in ("", "a,b", "0,0", "-1,1,1", "1,2,3,4", "1,nan,1", "inf,1,1", "1;2;3")
+        ),
         ("zero.stage=true", ["got=true", "integer"]),
         ("zero.stage=4", ["got=4", "less than or equal to 3"]),
         ("optimizer.type=adam", ["got='adam'", "'adamw'"]),

@@ -47,11 +47,7 @@ def source_lists(data: DataConfig) -> Iterator[Conflict]:
 def split(config: Config) -> Iterator[Conflict]:
     """The split must leave training data, and validation data if the run evaluates."""
     applies = bool(config.data.path or config.data.text)
-    try:
-        shares = parse_split(config.data.split)
-    except ValueError as reason:
-        yield Conflict("cannot parse the split", ("data.split",), str(reason))
-        return
+    shares = parse_split(config.data.split)
     if shares[0] == 0:
         yield Conflict("split leaves no training data", ("data.split",), "a first share above 0")
     if config.evaluate.interval and not config.data.validation and (not applies or shares[1] == 0):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from neox.config.schema.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 
@@ -57,6 +57,30 @@ class FimConfig(Section, frozen=True):
     suffix_token: str = Field(default="<|fim_suffix|>", description="token before the suffix")
 
 
+def parse_split(text: str) -> tuple[float, float, float]:
+    """Parse a split such as "969,30,1".
+
+    Args:
+        text: one to three numbers, separated by commas or slashes. Missing numbers are 0.
+
+    Returns:
+        the shares of training, validation and test, normalised to a sum of 1.
+
+    Raises:
+        ValueError: the text has another form, a share is negative, or their sum is not positive and finite.
+    """
+    want = "one to three shares such as 969,30,1, none negative, not all 0"
+    try:
+        shares = [float(part) for part in text.replace("/", ",").split(",")]
+    except ValueError:
+        raise ValueError(want) from None
+    total = sum(shares)
+    if len(shares) > 3 or not all(share >= 0 for share in shares) or not 0 < total < math.inf:
+        raise ValueError(want)
+    train, validation, test = (share / total for share in (*shares, 0.0, 0.0)[:3])
+    return train, validation, test
+
+
 class DataConfig(Section, frozen=True):
     """The datasets: lists of sources for training, validation and test, or one path or text that `split` divides."""
 
@@ -100,6 +124,13 @@ class DataConfig(Section, frozen=True):
         default=None, description="folder of the index arrays of order: neox; null: next to the data, else in run.dir"
     )
 
+    @field_validator("split")
+    @classmethod
+    def is_parsed(cls, text: str) -> str:
+        """Refuse a split that cannot be parsed, whether or not it applies to the data."""
+        parse_split(text)
+        return text
+
     @model_validator(mode="before")
     @classmethod
     def accept_short_forms(cls, values: object) -> object:
@@ -116,30 +147,6 @@ class DataConfig(Section, frozen=True):
         if isinstance(expanded.get("text"), str):
             expanded["text"] = (expanded["text"],)
         return expanded
-
-
-def parse_split(text: str) -> tuple[float, float, float]:
-    """Parse a split such as "969,30,1".
-
-    Args:
-        text: one to three numbers, separated by commas or slashes. Missing numbers are 0.
-
-    Returns:
-        the shares of training, validation and test, normalised to a sum of 1.
-
-    Raises:
-        ValueError: the text has another form, a share is negative, or their sum is not positive and finite.
-    """
-    want = "one to three shares such as 969,30,1, none negative, not all 0"
-    try:
-        shares = [float(part) for part in text.replace("/", ",").split(",")]
-    except ValueError:
-        raise ValueError(want) from None
-    total = sum(shares)
-    if len(shares) > 3 or not all(share >= 0 for share in shares) or not 0 < total < math.inf:
-        raise ValueError(want)
-    train, validation, test = (share / total for share in (*shares, 0.0, 0.0)[:3])
-    return train, validation, test
 
 
 class SpecialIds(Section, frozen=True):
