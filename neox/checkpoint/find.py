@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from neox.checkpoint.consensus import RankGroup
+from neox.checkpoint.lock import LOCK
 from neox.checkpoint.manifest import MANIFEST
 from neox.checkpoint.retention import StepFolder, folder_step, read_latest, scan
 from neox.checkpoint.verify import problems
@@ -166,9 +167,9 @@ def _found_at(path: Path) -> str:
 
 
 def listing(folder: Path) -> str:
-    """The content of a folder, for an error message."""
+    """The content of a folder, for an error message, without the lock of this very run."""
     if not folder.is_dir():
         return f"{folder} does not exist"
-    names = sorted(os.listdir(folder))
+    names = sorted({*os.listdir(folder)} - {LOCK})
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return f"{folder} holds {', '.join(names[:LISTED]) or 'nothing'}{more}"

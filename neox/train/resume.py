@@ -122,7 +122,7 @@ def model_changes(checkpoint: Checkpoint, config: Config) -> list[str]:
 
 @contextlib.contextmanager
 def naming_changes(changes: Sequence[str]) -> Iterator[None]:
-    """Add the changed keys of the model to the error of a checkpoint whose tensors do not fit it.
+    """Name the changed keys of the model in the error of a checkpoint whose tensors do not fit it.
 
     Raises:
         ModelMismatch: as raised inside.
@@ -130,7 +130,7 @@ def naming_changes(changes: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except ModelMismatch as error:
-        got = "; ".join([str(error.got), ", ".join(changes)]) if changes else error.got
+        got = "; ".join([", ".join(changes), str(error.got)]) if changes else error.got
         raise ModelMismatch(error.what, where=error.where, got=got, do=error.do) from None
 
 

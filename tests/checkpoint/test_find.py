@@ -29,6 +29,7 @@ def test_find_auto_takes_the_newest_valid_one(tmp_path, caplog):
 
 
 def test_a_folder_is_listed_up_to_twenty_names(tmp_path):
+    (tmp_path / "lock").touch()
     assert listing(tmp_path) == f"{tmp_path} holds nothing"
     for number in range(20, 0, -1):
         (tmp_path / f"{number:02d}").touch()

@@ -367,7 +367,7 @@ def test_a_run_from_the_weights_of_another(straight, corpus, tmp_path, stage):
 
 
 def test_weights_of_another_shape_are_refused(straight, corpus, tmp_path):
-    match = "do not fit the model; .*; model.hidden_size: 32 -> 64.*do=.*in another run.dir"
+    match = "do not fit the model; .*got=model.hidden_size: 32 -> 64.*; [0-9]+ tensors: .*do=.*in another run.dir"
     with pytest.raises(CheckpointError, match=match):
         train(
             make_config(corpus, tmp_path, f"checkpoint.init_from={json.dumps(str(straight))}", "model.hidden_size=64"),
