@@ -179,7 +179,7 @@ class NativeSuite(Suite):
 
 
 class EmulatedSuite(NativeSuite):
-    """Tests of CUDA kernels, on the emulator that looks for races and bad accesses; `native` names the operators."""
+    """Tests of CUDA kernels, on the emulator that finds races and bad accesses; `native` names the operators."""
 
     def run(self) -> str:
         """Build the emulated kernels and their tests, then run those of the operators."""
