@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from neox.printing import printable
 
-INSTALL = "pip install -e ."  # in a checkout: builds the native parts against the torch of the environment
+INSTALL = "make setup, or pip install -e ."  # in a checkout, against the environment's torch
 
 
 class ErrorParts(TypedDict):

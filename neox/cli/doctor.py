@@ -22,7 +22,7 @@ from pathlib import Path
 
 import neox
 from neox.cpu import cpu_flags, cpuinfo
-from neox.errors import NeoxError
+from neox.errors import INSTALL, NeoxError
 
 PYTHON = (3, 10)
 TORCH = (2, 11)
@@ -139,7 +139,7 @@ def torch_version() -> Iterator[Finding]:
             raise ImportError(f"{torch.__version__} is older than {'.'.join(map(str, TORCH))}")
         return f"{torch.__version__}, {torch.get_num_threads()} threads"
 
-    yield attempt("torch", version, do="make setup")
+    yield attempt("torch", version, do=INSTALL)
 
 
 def packages() -> Iterator[Finding]:
@@ -150,7 +150,7 @@ def packages() -> Iterator[Finding]:
             importlib.import_module(name)
             return importlib.metadata.version(PACKAGE_OF.get(name, name))
 
-        yield attempt(name, version, do="make setup")
+        yield attempt(name, version, do=INSTALL)
 
 
 def extras() -> Iterator[Finding]:
@@ -169,7 +169,7 @@ def native() -> Iterator[Finding]:
         library = importlib.import_module("neox.ops._library")
         return f"{library.ISA} (built: {', '.join(sorted(path.stem for path in library.FOLDER.glob('*.so')))})"
 
-    yield attempt("native operators", operators, do="make setup")
+    yield attempt("native operators", operators, do=INSTALL)
 
     def cuda() -> str:
         state = importlib.import_module("neox.ops._library").CUDA
@@ -179,7 +179,7 @@ def native() -> Iterator[Finding]:
 
     found = attempt("cuda operators", cuda, needed=False)
     yield Finding(found.name, found.ok, found.text.removeprefix("LookupError: "), needed=False)
-    yield attempt("native data core", lambda: str(importlib.import_module("neox._data").__file__), do="make setup")
+    yield attempt("native data core", lambda: str(importlib.import_module("neox._data").__file__), do=INSTALL)
 
 
 def machine() -> Iterator[Finding]:

@@ -13,7 +13,7 @@ import traceback
 from typing import NoReturn
 
 from neox import __version__
-from neox.errors import ConfigError, EnvironmentProblem, NeoxError, system_problem
+from neox.errors import INSTALL, ConfigError, EnvironmentProblem, NeoxError, system_problem
 from neox.printing import printable
 
 # command -> (module with add_arguments(parser) and run(args) -> exit code, one-line summary)
@@ -150,12 +150,12 @@ def as_problem(error: Exception, command: str) -> NeoxError | None:
     if (error.name or "neox").startswith("neox"):
         return None
     if isinstance(error, ModuleNotFoundError):
-        return EnvironmentProblem("package is missing", where=f"neox {command}", got=error.name, do="make setup")
+        return EnvironmentProblem("package is missing", where=f"neox {command}", got=error.name, do=INSTALL)
     return EnvironmentProblem(
         "package cannot be imported",
         where=f"neox {command}: {error.name}",
         got=str(error)[:300],
-        do="neox doctor; make setup",
+        do=f"neox doctor; {INSTALL}",
     )
 
 
