@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Iterable
 from typing import NoReturn
 
 from neox import __version__
@@ -62,7 +63,7 @@ class CommandParser(argparse.ArgumentParser):
         if unknown:
             self.prog = " ".join([self.prog, *filter(None, [getattr(parsed, "action", None)])])
             where, do = self.prog, f"{self.prog} --help"
-            close = nearest_option(unknown[0].partition("=")[0], self.format_help())
+            close = nearest_word(unknown[0].partition("=")[0], option_names(self.format_help()))
             raise ConfigError(
                 f"unrecognized arguments: {' '.join(unknown)}",
                 where=where,
@@ -71,12 +72,17 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
 
-def nearest_option(word: str, help_text: str) -> str | None:
-    """Return the option of a command's help that an unknown one most likely means, or None."""
-    import difflib  # needed for this error only
-    import re
+def option_names(help_text: str) -> list[str]:
+    """Return the long options that a command's help mentions."""
+    import re  # needed for this error only
 
-    known = re.findall(r"(?<![\w-])--[a-z][\w-]*", help_text)
+    return re.findall(r"(?<![\w-])--[a-z][\w-]*", help_text)
+
+
+def nearest_word(word: str, known: Iterable[str]) -> str | None:
+    """Return the option or command that an unknown one most likely means, or None."""
+    import difflib  # needed for this error only
+
     return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.7)), None)
 
 
@@ -106,9 +112,9 @@ def parse(argv: list[str]) -> tuple[str, argparse.ArgumentParser, list[str]]:
     """
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
-        raise ConfigError(
-            "unknown command", where="argv", got=name, want=f"one of {', '.join(COMMANDS)}", do="neox --help"
-        )
+        close = nearest_word(name, COMMANDS)
+        do = f"did you mean neox {close}?" if close else "neox --help"
+        raise ConfigError("unknown command", where="argv", got=name, want=f"one of {', '.join(COMMANDS)}", do=do)
     module, summary = COMMANDS[name]
     command = importlib.import_module(module)
     parser = CommandParser(

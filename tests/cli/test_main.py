@@ -72,7 +72,10 @@ def test_our_own_bug_keeps_its_traceback(monkeypatch):
 def test_unknown_command(capsys):
     assert cli.main(["trian"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error[2] unknown command") and "got=trian" in err and "train" in err
+    assert err.startswith("error[2] unknown command; where=argv; got=trian; want=one of init, ")
+    assert err.endswith("; do=did you mean neox train?\n")
+    assert cli.main(["xyz"]) == 2
+    assert capsys.readouterr().err.endswith("; do=neox --help\n")
 
 
 def test_help_lists_every_command(capsys):
