@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import gc
+import logging
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from neox.checkpoint.background import HostBlock, Saver, Snapshot
+from neox.checkpoint.background import HostBlock, Saver, Snapshot, padded_bytes
 from neox.checkpoint.find import find
+from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.reshard import Fragment
 from neox.checkpoint.verify import digest, verify
 from neox.errors import CheckpointError, DiskError
@@ -36,7 +40,7 @@ class HeldStorage(CountingStorage):
 
 
 def saver(root, storage, **changes):
-    return Saver(root, keep=0, lineage=LINEAGE, storage=storage, **changes)
+    return Saver(root, **{"keep": 0, "lineage": LINEAGE, "storage": storage, **changes})
 
 
 def begin(saver, step, state):
@@ -66,6 +70,30 @@ def test_a_synchronous_save_is_complete_on_return(tmp_path):
     begin(saves, 7, make_state())
     (outcome,) = saves.outcomes()
     verify(outcome.folder)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_save_holds_all_that_it_was_given_and_retains_as_many_as_it_should(tmp_path, background):
+    saves = saver(tmp_path, CountingStorage(), keep=2, background=background)
+    for step in (1, 2, 3):
+        state, rng = {"step": step, "consumed": 8}, {"cpu": torch.full((5,), step, dtype=torch.uint8)}
+        rest = {"config_lock": "a: 1\n", "model_config": {"num_layers": 1}, "layout": {"tp": 3}}
+        saves.save(step, full_fragments(make_state()), state=state, rng=rng, **rest)
+    assert saves.join()
+    assert [outcome.step for outcome in saves.outcomes()] == [1, 2, 3] and saves.outcomes() == []
+    assert sorted(folder.name for folder in tmp_path.glob("step_*")) == ["step_00000002", "step_00000003"]
+    with Checkpoint(tmp_path / "step_00000003") as saved:
+        assert (saved.step, saved.state, saved.config_lock) == (3, {"step": 3, "consumed": 8}, "a: 1\n")
+        assert (saved.model_config, saved.layout, saved.world_size) == ({"num_layers": 1}, {"tp": 3}, 1)
+        assert saved.manifest.lineage == LINEAGE
+        assert torch.equal(saved.rng(0)["cpu"], torch.full((5,), 3, dtype=torch.uint8))
+
+
+def test_an_error_of_a_synchronous_save_is_an_outcome_too(tmp_path):
+    saves = saver(tmp_path, FailingStorage("write", 0, errno.ENOSPC), background=False)
+    begin(saves, 4, make_state())
+    (outcome,) = saves.outcomes()
+    assert (outcome.step, outcome.folder, type(outcome.error)) == (4, None, DiskError)
 
 
 def test_a_save_waits_for_the_previous_one(tmp_path):
@@ -142,6 +170,96 @@ def test_a_snapshot_reuses_its_memory_and_follows_changed_fragments():
     assert all(torch.equal(one.data, state[one.name, one.kind].reshape(-1)) for one in second)
     fewer = snapshot.take(full_fragments({("new", "weight"): torch.ones(3)}))
     assert torch.equal(fewer[0].data, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype", "size"),
+    [
+        (0, torch.float32, 0),
+        (1, torch.uint8, 64),
+        (64, torch.uint8, 64),
+        (65, torch.uint8, 128),
+        (16, torch.float32, 64),
+        (17, torch.float32, 128),
+        (33, torch.bfloat16, 128),
+        (8, torch.int64, 64),
+    ],
+)
+def test_a_copy_takes_whole_cache_lines(count, dtype, size):
+    assert padded_bytes(count, dtype) == size
+
+
+def test_a_block_is_replaced_only_where_it_does_not_serve():
+    blocks, freed = [], []
+
+    def allocate(size, locked):
+        gc.collect()
+        freed.append(all(block() is None for block in blocks))
+        block = HostBlock(size, locked=False)
+        block.locked = locked
+        blocks.append(weakref.ref(block))
+        return block
+
+    snapshot = Snapshot(allocate)
+    asked = [(100, False), (100, False), (40, False), (101, False), (50, True), (50, False), (50, True), (51, True)]
+    made = []
+    for size, locked in asked:
+        before = len(blocks)
+        block = snapshot.reserve(size, locked)
+        assert block.memory.numel() >= size and (block.locked or not locked)
+        made.append(len(blocks) - before)
+        del block
+    assert made == [1, 0, 0, 1, 1, 0, 0, 1]
+    assert all(freed), "the memory would not hold two"
+
+
+class Runtime:
+    """Stands for CUDA's runtime: notes which memory is locked."""
+
+    def __init__(self, code: int):
+        self.code = code
+        self.locked: dict[int, int] = {}
+        self.unlocked: list[int] = []
+
+    def cudaHostRegister(self, pointer, size, flags):
+        if not self.code:
+            self.locked[pointer] = size
+        return self.code
+
+    def cudaHostUnregister(self, pointer):
+        self.unlocked.append(pointer)
+
+
+def test_pages_are_locked_until_the_block_is_freed(monkeypatch):
+    runtime = Runtime(0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    HostBlock(100, locked=False), HostBlock(0, locked=True)
+    assert runtime.locked == {}
+    block = HostBlock(100, locked=True)
+    pointer = block.memory.data_ptr()
+    assert block.locked and runtime.locked == {pointer: 100}
+    assert runtime.unlocked == []
+    del block
+    gc.collect()
+    assert runtime.unlocked == [pointer]
+
+
+def test_memory_whose_pages_cannot_be_locked_is_used_as_it_is(monkeypatch, caplog):
+    runtime = Runtime(2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    with caplog.at_level(logging.WARNING):
+        block = HostBlock(300_000_000, locked=True)  # of address space; no page is touched
+    assert block.memory.numel() == 300_000_000 and block.locked, "else every save would try again"
+    assert "0.3 GB" in caplog.text and "CUDA error 2" in caplog.text
+    del block
+    gc.collect()
+    assert runtime.unlocked == []
+
+
+def test_without_cuda_no_page_can_be_locked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: None)
+    with pytest.raises(RuntimeError, match="without CUDA"):
+        HostBlock(1, locked=True)
 
 
 class Allocations:

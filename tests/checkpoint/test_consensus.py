@@ -44,3 +44,27 @@ def test_a_single_process_exchanges_with_itself():
 def test_several_ranks_need_a_process_group():
     with pytest.raises(errors.CheckpointError, match=r"torch\.distributed is not initialised"):
         RankGroup(0, 2)
+
+
+def test_an_error_keeps_every_part_and_one_of_no_class_of_ours_is_general():
+    error = errors.DiskError("what", where="there", got=1, want=2, do="this")
+    name, parts = describe(error, 3)
+    assert (name, parts) == (
+        "DiskError",
+        {"what": "what", "where": "rank 3: there", "got": "1", "want": "2", "do": "this"},
+    )
+    assert revive(("Unheard", parts)).exit_code == errors.NeoxError("x").exit_code
+
+
+def test_an_interrupt_is_not_passed_on_as_an_error():
+    """It must end this process, not wait for the answers of others."""
+    for kind in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(kind):
+            RankGroup().run_on_all(lambda kind=kind: (_ for _ in ()).throw(kind()))
+
+
+def test_what_a_single_process_raises_is_the_error_itself():
+    error = errors.DiskError("x", where="here")
+    with pytest.raises(errors.DiskError) as caught:
+        RankGroup().run_on_all(lambda: (_ for _ in ()).throw(error))
+    assert caught.value is error and "rank" not in error.line()

@@ -149,3 +149,66 @@ def test_newest_is_by_lineage_not_by_step(tmp_path):
     path = save_one(tmp_path, 15, lineage=second)
     os.utime(path / "manifest.json", (0, 0))
     assert find(tmp_path, "auto") == path
+
+
+def test_a_damaged_manifest_is_skipped_with_a_warning(tmp_path, caplog):
+    old, new = save_one(tmp_path, 9), save_one(tmp_path, 10)
+    (new / "manifest.json").write_bytes(b"garbage")
+    (tmp_path / "step_00000011").mkdir()  # a save that did not finish
+    for resume in ("auto", "must"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert find(tmp_path, resume) == old
+        (record,) = caplog.records
+        assert "skipped checkpoint" in record.getMessage() and "step_00000010/manifest.json" in record.getMessage()
+
+
+def test_every_damaged_checkpoint_is_listed_where_none_is_left(tmp_path):
+    for step in (9, 10):
+        flip_bit(next(save_one(tmp_path, step).glob("*.safetensors")), 8 * 100)
+    (save_one(tmp_path, 11) / "manifest.json").write_bytes(b"garbage")
+    with pytest.raises(CheckpointError, match="all checkpoints of the run are damaged") as caught:
+        find(tmp_path, "auto")
+    assert caught.value.where == tmp_path
+    assert all(f"step_{step:08d}" in caught.value.got for step in (9, 10, 11))
+
+
+def test_an_unfinished_save_is_no_reason_not_to_start(tmp_path):
+    (tmp_path / "step_00000001").mkdir()
+    assert find(tmp_path, "never") is None
+    assert find(tmp_path, "auto") is None
+    with pytest.raises(CheckpointError, match=r"no checkpoint to resume from; .*got=\S+ holds step_00000001; "):
+        find(tmp_path, "must")
+
+
+def test_never_lists_all_that_is_there(tmp_path):
+    save_one(tmp_path, 9)
+    (save_one(tmp_path, 10) / "manifest.json").write_bytes(b"garbage")
+    with pytest.raises(CheckpointError, match="got=step_00000010, step_00000009; "):
+        find(tmp_path, "never")
+
+
+def test_the_nearest_folder_above_a_wrong_path_is_listed(tmp_path):
+    with pytest.raises(CheckpointError, match="got=no such folder; want"):
+        resolve(tmp_path / "a" / "b" / "c")
+    for number in range(25):
+        (tmp_path / "run" / "checkpoints" / f"step_{number:08d}").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    steps = ", ".join(f"step_{number:08d}" for number in range(5, 25))
+    with pytest.raises(CheckpointError, match=f"got=no such folder; {tmp_path}/run/checkpoints holds {steps}; want"):
+        resolve(tmp_path / "run" / "checkpoints" / "last")
+    with pytest.raises(CheckpointError, match=f"got=no such folder; {tmp_path}/run holds checkpoints; want"):
+        resolve(tmp_path / "run" / "checkpoint" / "step_00000024")
+    with pytest.raises(CheckpointError, match=f"got=no such folder; {tmp_path} holds run; want"):
+        resolve(tmp_path / "rum" / "checkpoints")
+
+
+def test_the_path_of_a_damaged_checkpoint_says_what_is_valid_besides(tmp_path):
+    path = save_one(tmp_path, 10)
+    flip_bit(next(path.glob("*.safetensors")), 8 * 100)
+    with pytest.raises(CheckpointError) as caught:
+        find(tmp_path, str(path))
+    assert "valid by" not in str(caught.value.do)
+    save_one(tmp_path, 9), save_one(tmp_path, 11)
+    with pytest.raises(CheckpointError, match="do=valid by their manifests: step_00000009, step_00000011$"):
+        find(tmp_path, str(path))

@@ -56,3 +56,23 @@ def test_a_part_of_a_part():
     assert part.numel() == 3 and torch.equal(part.to("cpu"), torch.tensor([4.0, 5.0, 6.0]))
     assert torch.equal(value[50:].to("cpu"), torch.arange(50.0, 60.0)) and value[50:].numel() == 10
     assert torch.equal(value.reshape(-1).detach().to("cpu"), VALUES.flatten())
+
+
+def test_a_fragment_covers_its_tensor():
+    value = LazyTensor(lambda: VALUES, (5, 12), torch.float32)
+    one = lazy_fragment("a", value)
+    assert (one.name, one.kind, one.shape, one.slices) == ("a", "weight", (5, 12), ((0, 5), (0, 12)))
+    assert (one.start, one.stop) == (0, 60) and one.data is value
+    assert lazy_fragment("a", value, "exp_avg").kind == "exp_avg"
+
+
+def test_a_wrong_shape_of_as_many_elements_is_named():
+    value = LazyTensor(lambda: VALUES.view(12, 5), (5, 12), torch.float32)
+    with pytest.raises(CheckpointError, match=r"got=torch.float32 \(12, 5\); want=torch.float32 \(5, 12\)"):
+        value.to("cpu")
+
+
+def test_a_scalar_is_one_element():
+    value = LazyTensor(lambda: torch.tensor(3.0), (), torch.float32)
+    assert value.numel() == 1 and torch.equal(value.to("cpu"), torch.tensor([3.0]))
+    assert value[1:].numel() == 0 and value[0:1].to("cpu").shape == (1,)

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -257,3 +258,57 @@ def test_a_pipe_in_place_of_the_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / LOCK)
     with pytest.raises((CheckpointError, DiskError)):
         FolderLock(tmp_path)
+
+
+def test_a_link_in_place_of_the_file_is_refused_and_its_target_untouched(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / LOCK).symlink_to(tmp_path / "precious")
+    with pytest.raises(DiskError, match="ELOOP"):
+        FolderLock(tmp_path)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_file_that_is_always_replaced_is_given_up(tmp_path, monkeypatch):
+    flock, tries = fcntl.flock, []
+
+    def remove_first(descriptor, operation):
+        os.unlink(tmp_path / LOCK)
+        tries.append(descriptor)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    gc.collect()  # what other tests left
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CheckpointError, match=r"another job is acquiring this folder; where=.*/lock"):
+        FolderLock(tmp_path)
+    assert len(tries) == 10
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_refusal_leaves_no_file_open(tmp_path):
+    with FolderLock(tmp_path):
+        gc.collect()  # what other tests left
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(CheckpointError):
+            FolderLock(tmp_path)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_the_file_says_is_shortened_and_sanitised(tmp_path):
+    with FolderLock(tmp_path):
+        record = {"host": "h" * 100, "pid": "\u202e7", "started": None}
+        (tmp_path / LOCK).write_text(json.dumps(record))
+        with pytest.raises(CheckpointError) as caught:
+            FolderLock(tmp_path)
+        assert caught.value.got == f"host {'h' * 64}, pid ?7, started None"
+        for text in ("", "[1]", "{"):
+            (tmp_path / LOCK).write_text(text)
+            with pytest.raises(CheckpointError, match="got=a holder that is starting; want=one job per run.dir"):
+                FolderLock(tmp_path)
+
+
+def test_the_file_holds_one_record_whatever_it_held_before(tmp_path):
+    (tmp_path / LOCK).write_text("x" * 5000)
+    with FolderLock(tmp_path):
+        text = (tmp_path / LOCK).read_text()
+        assert text.endswith("}\n") and json.loads(text) == {**describe_process(), "born": json.loads(text)["born"]}

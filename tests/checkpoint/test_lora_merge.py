@@ -32,6 +32,7 @@ def test_adapters_are_merged_and_other_weights_unchanged(saved):
         assert (
             checkpoint.names() == ["layers.0.mlp.up.weight", "norm.weight"] and checkpoint.model_config["lora"] is None
         )
+        assert checkpoint.model_config == {"num_layers": 1, "lora": None}
         want = (
             tensors["layers.0.mlp.up.weight"]
             + 2.5 * tensors["layers.0.mlp.up.lora_b"] @ tensors["layers.0.mlp.up.lora_a"]
@@ -48,3 +49,31 @@ def test_adapters_are_merged_and_other_weights_unchanged(saved):
 def test_a_checkpoint_without_adapters_is_opened_as_it_is(tmp_path):
     with open_weights(save_one(tmp_path)) as checkpoint:
         assert type(checkpoint) is Checkpoint is not MergedCheckpoint
+
+
+def test_a_part_is_read_into_a_tensor_merged(saved):
+    path, tensors = saved
+    name = "layers.0.mlp.up.weight"
+    want = tensors[name] + 2.5 * tensors["layers.0.mlp.up.lora_b"] @ tensors["layers.0.mlp.up.lora_a"]
+    with open_weights(path) as checkpoint:
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+            out = torch.zeros(11, dtype=dtype)
+            checkpoint.read_into(out, name, "weight", ((3, 8), (1, 5)), 6, 17)
+            torch.testing.assert_close(out.float(), want[3:8, 1:5].flatten()[6:17], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(checkpoint.read(name, start=7), want.flatten()[7:])
+        torch.testing.assert_close(checkpoint.read(name, stop=7), want.flatten()[:7])
+        out = torch.zeros(2)
+        checkpoint.read_into(out, "norm.weight", "weight", ((1, 6),), 1, 3)
+        assert torch.equal(out, tensors["norm.weight"][2:4])
+
+
+def test_what_has_no_adapter_is_read_as_it_is(saved):
+    """Also the factors themselves, and what is not a weight."""
+    path, tensors = saved
+    with open_weights(path) as checkpoint:
+        assert torch.equal(checkpoint.tensor("layers.0.mlp.up.lora_b"), tensors["layers.0.mlp.up.lora_b"])
+        assert torch.equal(checkpoint.tensor("layers.0.mlp.up.lora_a", "exp_avg"), torch.zeros(2, 6))
+        assert checkpoint.stored_shapes({"weight"}) == {
+            ("weight", "layers.0.mlp.up.weight"): (10, 6),
+            ("weight", "norm.weight"): (6,),
+        }

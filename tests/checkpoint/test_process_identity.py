@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -62,3 +63,26 @@ def test_a_process_that_is_hidden_has_not_exited(monkeypatch):
     monkeypatch.setattr(psutil, "Process", refuse)
     assert not has_exited(me)
     assert abs(describe_process()["born"] - time.time()) < 60
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PID namespaces are Linux's")
+def test_a_namespace_is_that_of_this_boot_and_proc(monkeypatch):
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert process_namespace() == f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    monkeypatch.setattr(os, "getpid", lambda: 1 << 21)  # as where /proc is that of another namespace
+    assert process_namespace() == ""
+
+
+@pytest.mark.parametrize(("error", "exited"), [(ProcessLookupError, True), (PermissionError, False)])
+def test_a_process_of_another_user_has_not_exited(monkeypatch, error, exited):
+    def kill(pid, signal):
+        assert signal == 0
+        raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert has_exited(describe_process()) == exited
+
+
+def test_the_start_is_readable_local_time():
+    me = describe_process()
+    assert time.mktime(time.strptime(me["started"], "%Y-%m-%d %H:%M:%S")) == int(me["born"])

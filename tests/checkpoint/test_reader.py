@@ -2,15 +2,18 @@
 
 import itertools
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from neox.checkpoint.manifest import BLOCK
-from neox.checkpoint.reader import Checkpoint
+from neox.checkpoint.manifest import BLOCK, MANIFEST, Manifest, TensorInfo, encode, shard_name
+from neox.checkpoint.reader import Checkpoint, differences
 from neox.checkpoint.reshard import full_slices, slice_shape
+from neox.checkpoint.save import rng_fragment
+from neox.checkpoint.shard import write_shard
 from neox.errors import CheckpointError
-from tests.checkpoint.builders import cut_fragments, flip_bit, make_state, save_one, tp_slices
+from tests.checkpoint.builders import LINEAGE, cut_fragments, flip_bit, make_state, save_one, tp_slices
 
 
 def test_everything_saved_is_read(tmp_path):
@@ -142,3 +145,109 @@ def test_tp_slices_of_the_builder_cover(tmp_path):
     """The builder's cut is a partition: else the layout tests would prove nothing."""
     parts = [tp_slices((19, 6), 3, rank) for rank in range(3)]
     assert sum(torch.Size(slice_shape(part)).numel() for part in parts) == 19 * 6
+
+
+def test_the_generator_states_of_a_rank_are_its_own(tmp_path):
+    """Rank 1 of twelve is not rank 11."""
+    held = [rng_fragment(rank, name, torch.tensor([rank])) for rank in range(12) for name in ("cpu", "cuda/1")]
+    with ThreadPoolExecutor(1) as threads:
+        file = write_shard(tmp_path / shard_name("0" * 16, 0, 0), held, threads)
+    tensors = {("rng", one.name): TensorInfo("I64", (1,)) for one in held}
+    manifest = Manifest(1, "0" * 16, LINEAGE, 12, {}, {}, "", {}, tensors, (file,))
+    (tmp_path / MANIFEST).write_bytes(encode(manifest))
+    with Checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.names() == [] and checkpoint.kinds("1/cpu") == [] and checkpoint.stored_shapes({"rng"}) == {}
+        for rank in (0, 1, 11):
+            assert {name: int(value) for name, value in checkpoint.rng(rank).items()} == {"cpu": rank, "cuda/1": rank}
+        for rank in (-1, 12):
+            with pytest.raises(CheckpointError, match=f"got=rank {rank}; want=0 to 11"):
+                checkpoint.rng(rank)
+
+
+def test_an_empty_range_and_an_empty_tensor(tmp_path):
+    state = make_state() | {("none", "weight"): torch.zeros(0, 3, dtype=torch.bfloat16)}
+    with Checkpoint(save_one(tmp_path, state=state)) as checkpoint:
+        none = checkpoint.tensor("none")
+        assert none.shape == (0, 3) and none.dtype == torch.bfloat16
+        for at in (0, 7, 19 * 6):
+            assert checkpoint.read("embedding.word.weight", start=at, stop=at).shape == (0,)
+        for bad in ((-1, 3), (4, 3), (0, 19 * 6 + 1)):
+            with pytest.raises(CheckpointError, match=f"flat range outside the slice; .*got={bad[0]}:{bad[1]}"):
+                checkpoint.read("embedding.word.weight", start=bad[0], stop=bad[1])
+
+
+@pytest.mark.parametrize("count", [1, 6, 7])
+def test_six_differences_are_listed(tmp_path, count):
+    checkpoint = Checkpoint(save_one(tmp_path, state={("a", "weight"): torch.ones(1)}))
+    wanted = [("a", "weight", (1,)), *((f"b{number}", "weight", (2,)) for number in range(count))]
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.check(wanted)
+    line = caught.value.line()
+    assert f"got={count} tensor{'s' if count > 1 else ''}: weight/b0" in line
+    assert line.count("have nothing") == min(count, 6) and ("and 1 more" in line) == (count == 7)
+
+
+def test_differences_are_both_ways_and_weights_come_first():
+    have = {("exp_avg", "a"): (1,), ("weight", "b"): (2, 3), ("weight", "same"): (4,), ("weight", "c"): ()}
+    want = {("exp_avg", "a"): (2,), ("weight", "b"): (3, 2), ("weight", "same"): (4,), ("count", "z"): (1,)}
+    assert differences(have, want) == [
+        "weight/b: have [2, 3] want [3, 2]",
+        "weight/c: have [] want nothing",
+        "count/z: have nothing want [1]",
+        "exp_avg/a: have [1] want [2]",
+    ]
+
+
+def test_leftovers_of_interrupted_saves_are_accepted_and_nothing_else(tmp_path):
+    path = save_one(tmp_path)
+    (shard,) = path.glob("*.safetensors")
+    own = shard.name.split("_")[1]
+    accepted = (shard_name("0" * 16, 0, 0), shard_name("0" * 16, 0, 0) + ".tmp", shard.name + ".tmp", MANIFEST + ".tmp")
+    for name in accepted:
+        (path / name).touch()
+    Checkpoint(path)
+    refused = (shard_name(own, 3, 0), shard_name(own, 0, 1), "manifest.json.tmp.tmp", "notes", ".hidden")
+    for name in refused:
+        (path / name).touch()
+    with pytest.raises(CheckpointError, match="checkpoint is damaged") as caught:
+        Checkpoint(path)
+    assert caught.value.got == ", ".join(f"{name}: not part of the checkpoint" for name in sorted(refused))
+    assert caught.value.want == "1 shards and manifest.json"
+
+
+def test_every_file_at_fault_is_named_with_its_fault(tmp_path):
+    path = save_one(tmp_path, shard_bytes=100)
+    first, second, third, *_ = [file.name for file in Checkpoint(path).manifest.files]
+    size = (path / second).stat().st_size
+    (path / first).unlink()
+    os.truncate(path / second, size - 1)
+    (path / third).rename(tmp_path / "moved")
+    (path / third).symlink_to(tmp_path / "moved")
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(path)
+    faults = [f"{first}: missing", f"{second}: {size - 1} bytes, want {size}", f"{third}: not a regular file"]
+    assert caught.value.got == ", ".join(faults)
+
+
+def test_a_folder_named_for_another_step_is_refused(tmp_path):
+    path = save_one(tmp_path, 5).rename(tmp_path / "step_00000006")
+    with pytest.raises(CheckpointError, match="folder holds another step; .*got=step 5; want=step_00000005"):
+        Checkpoint(path)
+    with Checkpoint(path.rename(tmp_path / "best")) as checkpoint:
+        assert checkpoint.step == 5
+
+
+def test_the_tensors_nearest_to_a_missing_one_are_named(tmp_path):
+    checkpoint = Checkpoint(save_one(tmp_path))
+    with pytest.raises(CheckpointError, match=r"where=.*: momentum/scale; got=\['exp_avg', 'weight'\]"):
+        checkpoint.info("scale", "momentum")
+    with pytest.raises(CheckpointError, match=r"where=.*: weight/no; got=4 tensors, \['embedding.word.weight', "):
+        checkpoint.info("no")
+
+
+@pytest.mark.parametrize("place", ["shape", "device"])
+def test_a_read_of_another_length_than_its_target_is_an_error(tmp_path, place):
+    checkpoint = Checkpoint(save_one(tmp_path))
+    out = torch.zeros(5, dtype=torch.float32 if place == "shape" else torch.float64)
+    with pytest.raises(RuntimeError):
+        checkpoint.read_into(out, "embedding.word.weight", "weight", ((0, 19), (0, 6)), 0, 7)

@@ -129,3 +129,48 @@ def test_addresses_are_checked():
         check_address("w", "weight", (4, 6), ((0, 4),), 0, 1)
     with pytest.raises(CheckpointError, match="flat range outside the slice"):
         check_address("w", "weight", (4, 6), ((0, 4), (0, 6)), 0, 25)
+
+
+@pytest.mark.parametrize(
+    ("slices", "start", "stop", "match"),
+    [
+        (((-1, 4), (0, 6)), 0, 1, "slice outside"),
+        (((3, 2), (0, 6)), 0, 0, "slice outside"),
+        (((0, 4), (0, 7)), 0, 1, "slice outside"),
+        (((0, 4), (0, 6), (0, 1)), 0, 1, "slice outside"),
+        (((1, 3), (2, 4)), 0, 5, "flat range outside the slice; where=weight/w; got=0:5; want=within 0:4"),
+        (((0, 4), (0, 6)), -1, 3, "flat range outside"),
+        (((0, 4), (0, 6)), 4, 3, "flat range outside"),
+    ],
+)
+def test_each_bound_of_an_address_is_checked(slices, start, stop, match):
+    with pytest.raises(CheckpointError, match=match):
+        check_address("w", "weight", (4, 6), slices, start, stop)
+
+
+@pytest.mark.parametrize(
+    ("slices", "start", "stop"),
+    [(((0, 4), (0, 6)), 0, 24), (((1, 3), (2, 4)), 4, 4), (((4, 4), (0, 6)), 0, 0), (((0, 4), (6, 6)), 0, 0)],
+)
+def test_addresses_up_to_the_end_are_accepted(slices, start, stop):
+    check_address("w", "weight", (4, 6), slices, start, stop)
+
+
+def test_a_scalar_is_covered_by_one_segment():
+    check_coverage("w", "weight", (), [((), 0, 1)])
+    check_coverage("w", "weight", (0, 3), [])
+    with pytest.raises(CheckpointError, match="got=0 elements; want=1 elements"):
+        check_coverage("w", "weight", (), [])
+    with pytest.raises(CheckpointError, match="segments overlap; .*got=0:1 after :1"):
+        check_coverage("w", "weight", (), [((), 0, 1), ((), 0, 1)])
+
+
+def test_rows_hold_what_is_shared_and_no_other_row():
+    """A target that takes columns 3 and 4 of rows 2 and 3 needs these rows of the source: from element 20 on."""
+    source = logical_boxes(((0, 6), (0, 10)), 0, 60)
+    (shared,) = overlaps(source, logical_boxes(((2, 4), (3, 5)), 0, 4))
+    rows = shared.rows()
+    assert (rows.source.low, rows.source.high, rows.source.offset) == ((2, 0), (4, 10), 20)
+    assert rows.target == shared.target and rows.size == 4
+    (scalar,) = overlaps(logical_boxes((), 0, 1), logical_boxes((), 0, 1))
+    assert scalar.rows() == scalar and scalar.size == 1

@@ -14,8 +14,10 @@ from neox.checkpoint.retention import (
     read_latest,
     remove_checkpoint,
     remove_superseded,
+    retain,
     scan,
     start_lineage,
+    write_latest,
 )
 from neox.checkpoint.verify import verify
 from neox.errors import CheckpointError, DiskError
@@ -192,3 +194,84 @@ def test_a_start_from_another_run_is_newer_than_both(tmp_path):
     assert start_lineage(here, high).generation == 10
     save_one(here, 9, lineage=Lineage("dd" * 16, 12))
     assert start_lineage(here, high).generation == 13
+
+
+def test_a_truncated_checkpoint_is_not_counted_and_stays(tmp_path):
+    for step in (1, 2, 3):
+        save_one(tmp_path, step)
+    (shard,) = (tmp_path / folder_name(3)).glob("*.safetensors")
+    os.truncate(shard, shard.stat().st_size - 1)
+    save_one(tmp_path, 4, keep=2)
+    assert steps(tmp_path) == [2, 3, 4]
+
+
+def test_what_was_removed_is_returned_oldest_first(tmp_path):
+    lineage = Lineage("aa" * 16, 0)
+    paths = [save_one(tmp_path, step, lineage=lineage) for step in (8, 9, 10, 11)]
+    assert retain(tmp_path, 0, lineage, 11) == retain(tmp_path, 4, lineage, 11) == []
+    assert retain(tmp_path, 1, Lineage("bb" * 16, 1), 11) == [], "another run's"
+    assert retain(tmp_path, 2, lineage, 11) == paths[:2]
+    assert steps(tmp_path) == [10, 11]
+
+
+def test_the_hint_is_text_of_at_most_200_characters(tmp_path):
+    assert read_latest(tmp_path) is None
+    write_latest(tmp_path, "step_00000012")
+    assert (tmp_path / "latest").read_bytes() == b"step_00000012\n" and read_latest(tmp_path) == "step_00000012"
+    (tmp_path / "latest").write_bytes(b" \xff" + b"x" * 300)
+    assert read_latest(tmp_path) == "\ufffd" + "x" * 198
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to(tmp_path / "nothing")
+    assert read_latest(tmp_path) == "", "something is there, so a checkpoint was"
+
+
+def test_a_scan_is_of_folders_whose_manifest_is_of_their_step(tmp_path):
+    save_one(tmp_path, 5).rename(tmp_path / folder_name(6))
+    save_one(tmp_path, 4, lineage=Lineage("aa" * 16, 7))
+    save_one(tmp_path, 8)
+    (tmp_path / folder_name(7)).write_text("a file")
+    (tmp_path / folder_name(3)).mkdir()
+    found = scan(tmp_path)
+    assert [(one.step, one.manifest is None, one.has_manifest) for one in found] == [
+        (3, True, False),
+        (6, True, True),
+        (8, False, True),
+        (4, False, True),
+    ], "those without a valid manifest first, then by generation and step"
+    assert (
+        "folder holds another step" in found[1].problem.line() and "got=step 5; want=step 6" in found[1].problem.line()
+    )
+    assert all((one.manifest is None) != (one.problem is None) for one in found)
+    assert scan(tmp_path / "nothing") == []
+
+
+def test_links_and_folders_with_the_names_of_leftovers_are_not_removed(tmp_path):
+    outside = tmp_path / "outside"
+    shard = "shard_" + "0" * 16 + "_00000_0000.safetensors"
+    (outside / folder_name(1)).mkdir(parents=True)
+    (outside / folder_name(1) / shard).write_bytes(b"mine")
+    root = tmp_path / "root"
+    good = save_one(root, 2)
+    (root / folder_name(1)).symlink_to(outside / folder_name(1))
+    (good / shard).symlink_to(outside / folder_name(1) / shard)
+    (good / (shard + ".tmp")).mkdir()
+    (root / ".probe-x").touch(), (root / "latest.tmp.tmp").touch(), (root / ".probe-12.tmp").touch()
+    assert collect_leftovers(root) == [root / ".probe-12.tmp"]
+    assert (outside / folder_name(1) / shard).read_bytes() == b"mine"
+    assert (good / shard).is_symlink() and (good / (shard + ".tmp")).is_dir()
+    assert sorted(os.listdir(root)) == [".probe-x", "latest", "latest.tmp.tmp", folder_name(1), good.name]
+
+
+def test_of_the_files_of_a_step_only_those_of_other_saves_are_superseded(tmp_path):
+    path = save_one(tmp_path, 5)
+    own = scan(tmp_path)[0].manifest.save_id
+    for owner in (own, "0" * 16):
+        (path / f"shard_{owner}_00009_0000.safetensors").touch()
+    remove_superseded(path, own)
+    assert not (path / ("shard_" + "0" * 16 + "_00009_0000.safetensors")).exists()
+    assert (path / f"shard_{own}_00009_0000.safetensors").exists() and (path / "manifest.json").exists()
+
+
+def test_every_start_has_an_id_of_its_own(tmp_path):
+    ids = {start_lineage(tmp_path).id for _ in range(20)}
+    assert len(ids) == 20 and all(len(one) == 32 and int(one, 16) >= 0 for one in ids)

@@ -1,5 +1,7 @@
 """Shards: what others read, and headers that lie."""
 
+import errno
+import hashlib
 import json
 import os
 import random
@@ -11,9 +13,10 @@ import torch
 
 from neox.checkpoint.manifest import BLOCK
 from neox.checkpoint.reshard import Fragment, full_slices
-from neox.checkpoint.shard import DTYPES, check_header, checksum, write_shard
-from neox.errors import CheckpointError
+from neox.checkpoint.shard import DTYPES, build_header, check_header, checksum, start_digests, write_shard
+from neox.errors import CheckpointError, DiskError
 from tests.checkpoint.builders import full_fragments, make_state, save_one
+from tests.checkpoint.faults import FailingStorage
 
 
 def _write(path, fragments):
@@ -97,6 +100,15 @@ LIES = {
         "duplicate key",
     ),
     "path": (_file({"../../root/.ssh/authorized_keys": _tensor(0, 1)}, 1), "name is a path"),
+    "path of Windows": (_file({"a\\b": _tensor(0, 1)}, 1), "name is a path"),
+    "end of a C string": (_file({"a\0b": _tensor(0, 1)}, 1), "name is a path"),
+    "header one byte too long": ((9).to_bytes(8, "little") + b"{}" + bytes(6), "longer than the file allows"),
+    "no header": (bytes(8), "not valid JSON"),
+    "tensor as a list": (_file({"a": [1]}, 0), "malformed"),
+    "another key": (_file({"a": _tensor(0, 1) | {"x": 1}}, 1), "malformed"),
+    "bool for a number": (_file({"a": _tensor(0, 1, shape=[True])}, 1), "malformed"),
+    "dtype as a list": (_file({"a": _tensor(0, 1) | {"dtype": ["U8"]}}, 1), "malformed"),
+    "size in elements": (_file({"a": _tensor(0, 4, shape=[4], dtype="F32")}, 4), "contradicts its shape"),
     "absolute path": (_file({"/etc/passwd": _tensor(0, 1)}, 1), "name is a path"),
     "huge header": ((1 << 60).to_bytes(8, "little") + bytes(100), "longer than the file allows"),
     "header beyond the end": ((93).to_bytes(8, "little") + bytes(92), "longer than the file allows"),
@@ -140,3 +152,70 @@ def test_random_damage_to_a_header_never_escapes_as_another_error():
         except CheckpointError:
             refused += 1
     assert refused > 1000
+
+
+def test_a_header_in_any_order_is_read_with_its_offsets():
+    """Tensors without elements take no space; a file may have no tensor at all."""
+    table = {
+        "b": _tensor(8, 12, shape=[2, 1], dtype="F16"),
+        "none": _tensor(8, 8, shape=[3, 0]),
+        "__metadata__": {"format": "pt"},
+        "a": _tensor(0, 8, shape=[], dtype="F64"),
+    }
+    raw = _file(table, 12)
+    found = check_header(raw, len(raw), "x")
+    assert {key: (info.dtype, info.shape, offset) for key, (info, offset) in found.items()} == {
+        "a": ("F64", (), 0),
+        "b": ("F16", (2, 1), 8),
+        "none": ("U8", (3, 0), 8),
+    }
+    assert check_header(_file({}, 0), 10, "x") == {}
+
+
+def test_the_beginning_of_a_file_is_enough_for_its_header():
+    raw = _file({"a": _tensor(0, 1000)}, 1000)
+    assert check_header(raw[:-1000], len(raw), "x").keys() == {"a"}
+
+
+def test_a_header_beyond_the_limit_is_not_written(tmp_path, monkeypatch):
+    fragments = full_fragments(make_state())
+    size = len(build_header(fragments))
+    assert size % 64 == 0
+    monkeypatch.setattr("neox.checkpoint.shard.HEADER_LIMIT", size - 8)
+    assert len(build_header(fragments)) == size
+    monkeypatch.setattr("neox.checkpoint.shard.HEADER_LIMIT", size - 9)
+    with pytest.raises(CheckpointError, match=f"got=header of {size - 8} bytes; want=at most {size - 9}"):
+        _write(tmp_path / "a", fragments)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("count", [(1 << 18) - 1, 1 << 18, BLOCK, BLOCK + 1, 2 * BLOCK])
+def test_data_of_any_size_has_a_checksum_for_each_block(count):
+    view = memoryview(bytes(range(251)) * (count // 251 + 1))[:count]
+    with ThreadPoolExecutor(2) as threads:
+        found = [one if isinstance(one, str) else one.result() for one in start_digests(view, BLOCK, threads)]
+    assert found == [checksum(bytes(view[at : at + BLOCK])) for at in range(0, count, BLOCK)]
+    assert all(len(one) == 16 and int(one, 16) >= 0 for one in found)
+
+
+def test_a_record_is_of_the_file_that_was_written(tmp_path):
+    fragments = full_fragments(make_state())
+    fragments.sort(key=lambda one: -one.data.element_size())
+    record = _write(tmp_path / "a.safetensors", fragments)
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    assert (record.name, record.size) == ("a.safetensors", len(raw))
+    assert record.header == 8 + int.from_bytes(raw[:8], "little")
+    assert record.header_sha256 == hashlib.sha256(raw[: record.header]).hexdigest()
+    for segment, fragment in zip(record.segments, fragments, strict=True):
+        data = fragment.data.contiguous().view(torch.uint8).numpy().tobytes()
+        begin = record.header + segment.offset
+        assert raw[begin : begin + len(data)] == data and segment.blocks == (checksum(data),)
+        assert (segment.kind, segment.name, segment.slices) == (fragment.kind, fragment.name, fragment.slices)
+
+
+def test_a_full_disk_reports_the_size_of_the_complete_file(tmp_path):
+    fragments = [one for one in full_fragments(make_state()) if one.data.dtype != torch.int64]
+    size = _write(tmp_path / "a", fragments).size
+    with ThreadPoolExecutor(1) as threads, pytest.raises(DiskError, match=f"want={size} bytes written"):
+        write_shard(tmp_path / "b", fragments, threads, storage=FailingStorage("write", 1, errno.ENOSPC))
+    assert os.listdir(tmp_path) == ["a"]

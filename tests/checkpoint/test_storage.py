@@ -1,6 +1,7 @@
 """Durable bytes: every crash point of a save, every failing system call, real full and read-only disks."""
 
 import errno
+import gc
 import os
 import shutil
 import subprocess
@@ -163,6 +164,7 @@ def test_reading_allocates_the_size_of_the_file_not_its_limit(tmp_path):
 def test_reading_refuses_anything_but_regular_files(tmp_path):
     (tmp_path / "a").write_bytes(b"12345")
     (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "pipe")
     assert read_file(tmp_path / "a", 5) == b"12345"
     with pytest.raises(CheckpointError, match="too large"):
@@ -173,8 +175,26 @@ def test_reading_refuses_anything_but_regular_files(tmp_path):
         open_file(tmp_path / "pipe", 5)
     with pytest.raises(CheckpointError, match="wrong size"):
         open_file(tmp_path / "a", 6)
-    with pytest.raises(CheckpointError, match="missing"):
+    with pytest.raises(CheckpointError, match="file is missing; where=.*/none; got=No such file"):
         read_file(tmp_path / "none", 6)
+    assert read_file(tmp_path / "empty", 0) == b""
+    with pytest.raises(CheckpointError, match="cannot read; where=.*/link; got=a symbolic link"):
+        open_file(tmp_path / "link", 5)
+
+
+def test_a_file_that_is_refused_is_closed(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    gc.collect()  # what other tests left
+    before = len(os.listdir("/proc/self/fd"))
+    for call in (
+        lambda: read_file(tmp_path / "a", 4),
+        lambda: open_file(tmp_path / "a", 4),
+        lambda: read_file(tmp_path, 9),
+    ):
+        with pytest.raises(CheckpointError):
+            call()
+    read_file(tmp_path / "a", 5)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Verification: any damage is refused, with file and tensor named."""
 
+import gc
 import hashlib
 import itertools
 import json
@@ -173,3 +174,50 @@ def test_digests_are_of_dtype_shape_and_bytes(tmp_path, monkeypatch):
     assert digest(path) == wanted
     monkeypatch.setattr("neox.checkpoint.verify.DIGEST_BYTES", 14)  # several reads, the last one shorter
     assert digest(path) == wanted
+
+
+def test_a_report_counts_what_was_verified(tmp_path):
+    state = {("a", "weight"): torch.ones(3), ("a", "exp_avg"): torch.ones(3), ("b", "weight"): torch.ones(2)}
+    report = verify(save_one(tmp_path, 4, state, rng={"cpu": torch.ones(1), "cuda": torch.ones(2)}))
+    assert (report.step, report.num_files, report.num_tensors) == (4, 1, 5)
+
+
+def test_verification_closes_its_files(tmp_path):
+    path = save_one(tmp_path, shard_bytes=100)
+    flip_bit(next(path.glob("*.safetensors")), 8 * 70)  # of a header
+    gc.collect()  # what other tests left
+    before = len(os.listdir("/proc/self/fd"))
+    assert len(problems(path)) == 1
+    with pytest.raises(CheckpointError):
+        digest(path)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_damaged_header_does_not_hide_damage_in_other_files(tmp_path):
+    path = save_one(tmp_path, shard_bytes=100)
+    first, *_, last = Checkpoint(path).manifest.files
+    flip_bit(path / first.name, 8 * 70)
+    flip_bit(path / last.name, 8 * last.size - 1)
+    assert [str(problem.where).split(":")[0] for problem in problems(path)] == [
+        f"{path}/{first.name}",
+        f"{path}/{last.name}",
+    ]
+    with pytest.raises(CheckpointError, match=r"and 1 more problem\)"):
+        verify(path)
+
+
+def test_every_rank_reports_a_manifest_that_it_cannot_use(tmp_path):
+    path = save_one(tmp_path, shard_bytes=500)
+    next(path.glob("*.safetensors")).unlink()
+    for part in range(3):
+        (problem,) = problems(path, part=part, parts=3)
+        assert "checkpoint is damaged" in problem.line()
+
+
+def test_a_digest_names_each_tensor_by_kind_and_name_in_order(tmp_path):
+    state = {("b", "weight"): torch.ones(2), ("a", "weight"): torch.ones(2), ("b", "exp_avg"): torch.zeros(0)}
+    found = digest(save_one(tmp_path, state=state))
+    assert list(found) == ["exp_avg/b", "weight/a", "weight/b"]
+    assert found["weight/a"] == found["weight/b"]
+    assert found["exp_avg/b"] == hashlib.sha256(b"F32 [0]\n").hexdigest()
