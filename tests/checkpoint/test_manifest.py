@@ -104,7 +104,7 @@ def test_tensors_with_holes_are_all_counted_and_fifty_are_listed(count):
     line = caught.value.line()
     assert line.count("have 3 elements, want 4 elements") == (0 if count == 1 else min(count, 50))
     assert (f"{count} tensors are not covered exactly once" in line) == (count > 1)
-    assert ("and 1 more" in line) == (count == 51)
+    assert (" more" in line) == (count == 51)
     assert "weight/w00" in line and ("weight/w49" in line) == (count >= 50)
 
 
@@ -155,6 +155,11 @@ def _data(body):
     return file["size"] - file["header"]
 
 
+def _append_empty(body):
+    kind, name, box, *_ = body["files"][0]["entries"][-1]
+    body["files"][0]["entries"].append([kind, name, box, 0, 0, _data(body), []])
+
+
 HOSTILE = {
     "path in a file name": (_set(("files", 0, "name"), "../../etc/passwd"), "shard_<save>"),
     "absolute file name": (_set(("files", 0, "name"), "/etc/passwd"), "shard_<save>"),
@@ -164,7 +169,7 @@ HOSTILE = {
     "header too short": (lambda body: body["files"][0].update(header=7, size=_data(body) + 7), "does not match"),
     "file too large": (lambda body: body["files"][0].update(size=body["files"][0]["size"] + 1), "does not match"),
     "header's checksum not hexadecimal": (_set(("files", 0, "header_sha256"), "A" * 64), "64 hex digits"),
-    "empty segment": (_entry(4, 0), "a range that is not empty"),
+    "empty segment": (_append_empty, "a range that is not empty"),
     "reversed segment": (lambda body: body["files"][0]["entries"][0].__setitem__(slice(3, 5), [9, 3]), "not empty"),
     "two checksums for one block": (
         lambda body: body["files"][0]["entries"][0][6].append("0" * 16),

@@ -11,7 +11,7 @@ from neox.checkpoint.reshard import Fragment
 from neox.checkpoint.save import group_into_shards
 from neox.errors import CheckpointError, DiskError
 from tests.checkpoint.builders import make_state, save_one
-from tests.checkpoint.faults import FailingStorage
+from tests.checkpoint.faults import FailingStorage, RecordingStorage
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,10 @@ def test_a_shard_is_filled_up_to_its_limit(counts, shard_bytes, shards):
 
 @pytest.mark.parametrize("part", ["content", "model_config", "layout"])
 def test_what_is_not_json_is_refused_before_anything_is_written(tmp_path, part):
+    storage = RecordingStorage()
     with pytest.raises(CheckpointError, match=r"not plain JSON; where=(rank 0: )?\w+\.x\[1\]"):
-        save_one(tmp_path, **{part: {"x": [1, {1, 2}]}})
-    assert os.listdir(tmp_path) == []
+        save_one(tmp_path, **{part: {"x": [1, {1, 2}]}}, storage=storage)
+    assert storage.trace == []
 
 
 def test_everything_that_is_given_is_in_the_manifest(tmp_path):

@@ -1,6 +1,8 @@
 """Replicas that have drifted apart are found, and named, over real processes."""
 
+import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
@@ -9,7 +11,17 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neox.engine.drift import SMALL, check_replicas, checksum, checksums, largest, replicated
+from neox.engine.drift import (
+    SMALL,
+    check_replicas,
+    checksum,
+    checksums,
+    differing,
+    find_non_finite,
+    gather_findings,
+    largest,
+    replicated,
+)
 from neox.errors import ReplicaDrift
 from neox.parallel.mesh import Mesh, create_mesh
 from neox.parallel.shard_spec import ShardSpec
@@ -76,6 +88,74 @@ def test_alone_there_is_nothing_to_compare():
     named = [("a", torch.nn.Parameter(torch.ones(3)), ShardSpec.replicated(3))]
     assert replicated(named, Mesh.single()) == []
     check_replicas(named, Mesh.single(), 1)
+
+
+def parameter(*values: float, dtype=torch.float32) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.tensor(values, dtype=dtype))
+
+
+def test_every_parameter_that_is_not_finite_is_named_also_where_stage_3_has_sharded_it():
+    held = {
+        "good": parameter(1.0, -2.0),
+        "nan": parameter(1.0, math.nan),
+        "plus": parameter(math.inf, 0.0),
+        "minus": parameter(0.0, -math.inf, dtype=torch.bfloat16),
+        "large": parameter(-3e38),
+        "sharded": parameter(),
+        "sharded nan": parameter(),
+    }
+    vars(held["sharded"])["ds_tensor"] = torch.tensor([-5.0])
+    vars(held["sharded nan"])["ds_tensor"] = torch.tensor([1.0, math.nan])
+    named = [(name, p, ShardSpec.replicated(2)) for name, p in held.items()]
+    assert find_non_finite(named) == ["nan", "plus", "minus", "sharded nan"]
+    assert largest(named)[[0, 5]].tolist() == [2.0, 5.0]
+    assert find_non_finite([]) == []
+    assert gather_findings(["b", "a", "b"], Mesh.single()) == ["a", "b", "b"]
+
+
+def test_what_has_replicas_is_compared_in_its_group():
+    """All but shards of stage 3 over the replicas; over the tensor group what is not sharded there."""
+    held = {name: parameter(1.0) for name in ("norm", "matrix", "kept", "given away")} | {"empty": parameter()}
+    vars(held["kept"])["ds_persist"] = True
+    vars(held["given away"])["ds_persist"] = False
+    specs = {"matrix": ShardSpec.sharded((2,), 0, 0, 1)}
+    named = [(name, p, specs.get(name, ShardSpec.replicated(1))) for name, p in held.items()]
+    mesh = dataclasses.replace(Mesh.single(), tp=2, dp=2, replica_group="replicas", tp_group="tensor")
+    got = {group: [name for name, _ in rows] for group, rows in replicated(named, mesh)}
+    assert got == {"replicas": ["norm", "matrix", "kept"], "tensor": ["norm", "kept"]}
+    assert replicated(named[1:2], dataclasses.replace(mesh, replica_group=None)) == []
+    ((group, rows),) = replicated(named[:1], dataclasses.replace(mesh, tp_group=None))
+    assert group == "replicas" and rows == [("norm", held["norm"])]
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ((7, 7, 7, 7), None),
+        ((7, 7, 5, 7), "w on rank 6"),
+        ((5, 7, 7, 7), "w on rank 2"),
+        ((5, 7, 6, 7), "w on rank 2, 6"),
+        ((5, 5, 7, 7), "w on rank 2, 4, 6, 8"),
+        ((1, 2, 3, 4), "w on rank 2, 4, 6, 8"),
+    ],
+)
+def test_the_ranks_outside_the_majority_are_named(values, line, monkeypatch):
+    def gather(out, mine, group):
+        assert group == "group"
+        for one, value in zip(out, values, strict=True):
+            one.copy_(torch.tensor([3, value]))
+
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [2, 4, 6, 8])
+    monkeypatch.setattr(dist, "all_gather", gather)
+    assert differing(["same", "w"], torch.tensor([3, values[0]]), "group") == ([] if line is None else [line])
+
+
+def test_a_checksum_is_the_sum_of_the_bits_as_integers():
+    assert int(checksum(torch.tensor([1.0, -0.0]))) == 0x3F800000 - (1 << 31)
+    assert int(checksum(torch.tensor([1.0, 1.0], dtype=torch.bfloat16))) == 2 * 0x3F80
+    many = torch.full((1 << 16,), 1.0)
+    assert int(checksum(many)) == int(checksums([many, many])[1]) == 0x3F800000 << 16, "beyond 32 bits"
+    assert checksums([torch.tensor([], dtype=torch.float32), many]).tolist() == [0, 0x3F800000 << 16]
 
 
 def drift_on(out: str) -> None:

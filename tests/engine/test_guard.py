@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from neox.config.schema import GuardConfig
-from neox.engine.guard import MIN_LOSSES, Guard
+from neox.engine.guard import MIN_LOSSES, Guard, non_finite_error
 from neox.errors import NonFinite
 from neox.parallel.mesh import Mesh
 from neox.phases import Phases
@@ -185,3 +185,60 @@ def test_a_step_without_targets_changes_nothing(stage):
     assert before.keys() == after.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
     partly = [engine.train_step(masked(micro_batches(4, mesh, 2), 0)) for engine in engines]
     assert partly[0].loss == partly[1].loss and partly[0].tokens > 0 and partly[0].grad_norm == partly[1].grad_norm
+
+
+@pytest.mark.parametrize(("policy", "skips"), [("off", False), ("warn", False), ("skip", True), ("rollback", True)])
+def test_which_policies_skip_a_spike(policy, skips):
+    one = guard(loss_spike=policy, spike_factor=2.0)
+    assert one.skips_spikes == skips
+    for _ in range(MIN_LOSSES):
+        one.accept(1.0)
+    assert one.is_spike(9.0) == (policy != "off")
+
+
+def test_skipped_updates_are_counted_in_a_row():
+    """Non-finite ones and spikes alike; the error is that of the last one, with all its parts."""
+    one = guard(non_finite="skip", max_skipped=2)
+    for _ in range(3):
+        one.note_non_finite(NonFinite("a"))
+        one.count_skipped(NonFinite("b"))
+        assert one.skipped == 2
+        one.accept(1.0)
+        assert one.skipped == 0
+    one.skipped = 2
+    with pytest.raises(NonFinite) as caught:
+        one.count_skipped(NonFinite("what", where="here", got="this", want="that", do="so"))
+    parts = caught.value.parts()
+    assert (parts["what"], parts["where"], parts["got"], parts["do"]) == ("what", "here", "this", "so")
+    assert parts["want"] == "at most 2 steps skipped in a row (guard.max_skipped)"
+
+
+def test_a_spike_alone_does_not_stop_a_run_that_stops_at_what_is_not_finite():
+    one = guard(non_finite="stop", loss_spike="skip", max_skipped=1)
+    one.count_skipped(NonFinite("a"))
+    assert one.skipped == 1
+
+
+def test_an_accepted_loss_that_is_not_finite_ends_the_row_and_is_no_loss():
+    one = guard()
+    one.skipped = 3
+    one.accept(math.inf)
+    assert (one.skipped, list(one.losses)) == (0, [])
+
+
+def test_the_error_lists_the_samples_of_all_micro_batches_in_order():
+    error = non_finite_error(
+        "loss", math.nan, 7, [torch.tensor([9, 2]), torch.tensor([30]), torch.tensor([4])], Mesh.single()
+    )
+    assert error.what == "the loss is not finite"
+    assert error.where == "rank 0: step 7"
+    assert error.got == "nan, samples [2, 4, 9, 30]"
+    assert error.exit_code == NonFinite("x").exit_code and "neox data which" in error.do
+
+
+def test_the_median_of_an_even_number_of_losses_lies_between_two():
+    one = guard(spike_factor=2.0, spike_window=8)
+    for loss in (1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0):
+        one.accept(loss)
+    assert one.is_spike(4.01) and not one.is_spike(4.0)
+    assert one.describe_spike(5.0) == "loss 5 is 2.5 times the median of the last 8"

@@ -136,3 +136,85 @@ def test_an_overflow_and_a_resume_do_not_move_gpt_neox_off_its_rule():
     assert [rate for rate, _ in rows] == pytest.approx(
         [2 * peak if updates == 0 else peak * (8 - updates) / 7.5 for _, updates in rows]
     )
+
+
+# schedule, step -> the share of the way from LOW to PEAK (rates below LOW are negative), by the formulas of the module
+POINTS = [
+    (("constant", 10, 110), 1, 0.1 * PEAK),
+    (("constant", 0, 110), 1, PEAK),
+    (("constant", 10, 110), 5000, PEAK),
+    (("linear", 10, 110), 9, 0.9 * PEAK),
+    (("linear", 10, 110), 10, PEAK),
+    (("linear", 10, 110), 11, LOW + 0.99 * (PEAK - LOW)),
+    (("linear", 10, 110), 109, LOW + 0.01 * (PEAK - LOW)),
+    (("linear", 10, 110), 110, LOW),
+    (("linear", 0, 4), 1, LOW + 0.75 * (PEAK - LOW)),
+    (("linear", 5, 5), 4, 0.8 * PEAK),
+    (("linear", 5, 5), 5, LOW),
+    (("linear", 7, 5), 6, 6 / 7 * PEAK),
+    (("linear", 7, 5), 7, LOW),
+    (("cosine", 10, 110), 35, LOW + (PEAK - LOW) * (1 + math.sqrt(0.5)) / 2),
+    (("cosine", 10, 110), 60, LOW + 0.5 * (PEAK - LOW)),
+    (("cosine", 10, 110), 85, LOW + (PEAK - LOW) * (1 - math.sqrt(0.5)) / 2),
+    (("cosine", 10, 110), 310, LOW),
+    (("wsd", 10, 110, 20), 9, 0.9 * PEAK),
+    (("wsd", 10, 110, 20), 91, LOW + 0.95 * (PEAK - LOW)),
+    (("wsd", 10, 110, 20), 109, LOW + 0.05 * (PEAK - LOW)),
+    (("wsd", 10, 110, 0), 109, PEAK),  # no cooldown: a step
+    (("wsd", 10, 110, 0), 110, LOW),
+    (("wsd", 10, 110, 100), 60, LOW + 0.5 * (PEAK - LOW)),
+    (("wsd", 60, 110, 100), 85, LOW + 0.5 * (PEAK - LOW)),  # the cooldown begins after the warmup
+    (("wsd", 60, 110, 100), 59, 59 / 60 * PEAK),
+    (("inverse_sqrt", 10, 10**9), 10, PEAK),
+    (("inverse_sqrt", 10, 10**9), 1000, PEAK / 10),
+    (("inverse_sqrt", 0, 10**9), 1, PEAK),
+    (("inverse_sqrt", 0, 10**9), 4, PEAK / 2),
+    (("inverse_sqrt", 10, 10**9), 10 * 101, LOW),
+    (("inverse_sqrt", 10, 10**9), 10 * 99, PEAK / math.sqrt(99)),
+    (("inverse_sqrt", 10, 40), 90, PEAK / 2),  # constant after the end
+]
+
+
+@pytest.mark.parametrize(("plan", "step", "rate"), POINTS, ids=str)
+def test_rates_at_the_borders(plan, step, rate):
+    assert schedule(*plan).learning_rate(step) == pytest.approx(rate, rel=1e-12)
+    assert schedule(*plan).learning_rate(step, updates=0) == pytest.approx(rate, rel=1e-12), "updates do not matter"
+
+
+GPT_NEOX = [  # kind, warmup, decay, updates -> rate, by megatron/learning_rates.py with end_lr as LOW
+    ("linear", 4, 12, 0, PEAK / 4),
+    ("linear", 4, 12, 1, PEAK / 4),
+    ("linear", 4, 12, 2, PEAK / 2),
+    ("linear", 4, 12, 4, PEAK),
+    ("linear", 4, 12, 5, PEAK * 7 / 8),
+    ("linear", 4, 12, 11, PEAK / 8),
+    ("linear", 4, 12, 12, LOW),
+    ("linear", 0, 10, 0, PEAK),
+    ("linear", 0, 10, 1, PEAK * 0.9),
+    ("cosine", 0, 10, 0, PEAK),
+    ("cosine", 4, 12, 6, LOW + (PEAK - LOW) * (1 + math.sqrt(0.5)) / 2),
+    ("cosine", 4, 12, 8, (PEAK + LOW) / 2),
+    ("cosine", 4, 12, 12, LOW),
+    ("cosine", 4, 12, 16, (PEAK + LOW) / 2),
+    ("constant", 4, 12, 3, PEAK * 0.75),
+    ("constant", 4, 12, 5, PEAK),
+    ("constant", 0, 12, 0, PEAK),
+    ("linear", 0.5, 10.5, 0, PEAK * 2),
+    ("linear", 0.5, 10.5, 1, PEAK * 0.95),
+]
+
+
+@pytest.mark.parametrize(("kind", "warmup", "decay", "updates", "rate"), GPT_NEOX)
+def test_gpt_neox_at_the_borders(kind, warmup, decay, updates, rate):
+    one = LRSchedule(kind, PEAK, LOW, warmup, decay, rule="gpt_neox")
+    assert one.learning_rate(updates + 1) == pytest.approx(rate, rel=1e-12)
+    assert one.learning_rate(99, updates) == pytest.approx(rate, rel=1e-12)
+
+
+def test_build_passes_every_key():
+    config = ScheduleConfig(type="wsd", rule="native", warmup_iters=3, decay_iters=40, cooldown_iters=7, min_lr=2e-5)
+    assert build_lr_schedule(config, OptimizerConfig(lr=5e-4), 100) == LRSchedule("wsd", 5e-4, 2e-5, 3, 40, 7, "native")
+    config = ScheduleConfig(type="linear", rule="gpt_neox", warmup_iters=1.5)
+    assert build_lr_schedule(config, OptimizerConfig(lr=5e-4), 100) == LRSchedule(
+        "linear", 5e-4, 0.0, 1.5, 100, 0, "gpt_neox"
+    )

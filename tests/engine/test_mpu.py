@@ -38,3 +38,31 @@ def test_coordinates_of_a_mesh_in_deepspeeds_words(lone_process):
     assert (grid.get_model_parallel_world_size(), grid.get_model_parallel_rank()) == (6, 5)
     assert (grid.get_tensor_model_parallel_world_size(), grid.get_tensor_model_parallel_rank()) == (2, 1)
     assert (grid.get_pipeline_model_parallel_world_size(), grid.get_pipeline_model_parallel_rank()) == (3, 2)
+
+
+def test_ranks_of_a_model_are_numbered_stage_by_stage(lone_process):
+    """With the tensor rank innermost: DeepSpeed's stage 3 takes it for the tensor rank where there are no stages."""
+    base = dataclasses.replace(Mesh.single(), tp=2, pp=3, dp=2, cp=2)
+    grids = [MeshMPU(dataclasses.replace(base, rank=rank)) for rank in range(base.world_size)]
+    want = [(pp, dp * 2 + cp, tp) for pp in range(3) for dp in range(2) for cp in range(2) for tp in range(2)]
+    got = [
+        (grid.get_pipeline_model_parallel_rank(), grid.get_data_parallel_rank(), grid.get_tensor_model_parallel_rank())
+        for grid in grids
+    ]
+    assert got == want
+    assert [grid.get_model_parallel_rank() for grid in grids] == [pp * 2 + tp for pp, _, tp in want]
+
+
+@pytest.mark.parametrize("given", [("replica_group",), ("tp_group",), ("replica_group", "tp_group", "model_group")])
+def test_groups_of_the_mesh_are_passed_on_and_missing_ones_are_of_this_process_alone(given, lone_process):
+    groups = {name: object() for name in given}
+    grid = MeshMPU(dataclasses.replace(Mesh.single(), **groups))
+    for name, group in (
+        ("replica_group", grid.get_data_parallel_group()),
+        ("tp_group", grid.get_tensor_model_parallel_group()),
+    ):
+        if name in groups:
+            assert group is groups[name]
+        else:
+            assert dist.get_process_group_ranks(group) == [0]
+    assert grid.get_model_parallel_group() is groups.get("model_group")

@@ -168,3 +168,100 @@ def test_adamw_is_torchs_to_the_bit():
     for a, b in zip(ours.values(), theirs.values(), strict=True):
         assert torch.equal(a, b)
         assert all(torch.equal(one.state[a][key], two.state[b][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lion", "sgd"])
+def test_a_parameter_without_a_gradient_stays_as_it_is(kind):
+    """Neither decay nor momentum moves it; a group without any gradient is passed over."""
+    named = parameters()
+    optimizer = build_optimizer(named.items(), config(kind))
+    moved = named["layers.0.attention.qkv.weight"]
+    for step in range(2):
+        for p in named.values():
+            p.grad = torch.ones_like(p) if step == 0 or p is moved else None
+        before = {name: p.detach().clone() for name, p in named.items()}
+        state = {name: {key: v.clone() for key, v in optimizer.state[p].items()} for name, p in named.items()}
+        optimizer.step()
+    for name, p in named.items():
+        same = torch.equal(p, before[name]) and all(
+            torch.equal(value, state[name][key]) for key, value in optimizer.state[p].items()
+        )
+        assert same == (p is not moved), name
+
+
+def test_adamw_takes_parameters_of_several_dtypes():
+    named = parameters()
+    half = torch.nn.Parameter(named["norm.weight"].detach().bfloat16())
+    named["layers.0.norm1.bias"] = half
+    optimizer = build_optimizer(named.items(), config("adamw"))
+    alone = torch.nn.Parameter(half.detach().clone())
+    reference = build_optimizer([("norm.weight", alone)], config("adamw"))
+    for step in range(2):
+        for p in named.values():
+            p.grad = torch.full_like(p, 0.5 - step)
+        alone.grad = half.grad.clone()
+        optimizer.step(), reference.step()
+    assert half.dtype == torch.bfloat16 and torch.equal(half, alone)
+    assert all(float(optimizer.state[p]["step"]) == 2.0 for p in named.values())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lion", "sgd"])
+def test_each_group_has_its_own_rate_and_its_own_settings(kind):
+    """As the engine sets them: lr per group, at every step."""
+    named = parameters()
+    optimizer = build_optimizer(named.items(), config(kind))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.param_groups[1]["lr"] = 0.5
+    before = {name: p.detach().clone() for name, p in named.items()}
+    for p in named.values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name, p in named.items():
+        # the first step of each is the rate, of a gradient of one
+        torch.testing.assert_close(p.detach(), before[name] - (0.5 if p.ndim == 1 else 0.0), rtol=1e-6, atol=1e-6)
+
+
+def test_muon_gets_its_settings_and_adamw_the_others():
+    named = parameters()
+    optimizer = build_optimizer(named.items(), config("muon", eps=1e-5))
+    first, *rest = optimizer.param_groups
+    assert {key: first[key] for key in ("lr", "momentum", "weight_decay", "use_muon")} == {
+        "lr": 0.1,
+        "momentum": 0.7,
+        "weight_decay": 0.25,
+        "use_muon": True,
+    }
+    assert [group["weight_decay"] for group in rest] == [0.25, 0.0]
+    for group in rest:
+        assert (group["lr"], tuple(group["betas"]), group["eps"], group["use_muon"]) == (0.1, (0.8, 0.9), 1e-5, False)
+    assert {name for name, p in named.items() if p.use_muon} == {"layers.0.attention.qkv.weight"}
+
+
+def test_settings_of_the_config_reach_every_optimizer():
+    names = list(parameters().items())
+    adamw, lion, sgd = (
+        build_optimizer(names, config(kind, eps=1e-5)).param_groups for kind in ("adamw", "lion", "sgd")
+    )
+    assert {(group["lr"], group["betas"], group["eps"]) for group in adamw} == {(0.1, (0.8, 0.9), 1e-5)}
+    assert {(group["lr"], group["betas"]) for group in lion} == {(0.1, (0.8, 0.9))}
+    assert {(group["lr"], group["momentum"]) for group in sgd} == {(0.1, 0.7)}
+    assert all("use_muon" not in group for group in (*adamw, *lion, *sgd))
+
+
+def test_groups_are_in_their_order_and_hold_each_parameter_once():
+    named = parameters() | {"layers.0.mlp.down.bias": torch.nn.Parameter(torch.zeros(8))}
+    names = {id(p): name for name, p in named.items()}
+    got = [
+        [names[id(p)] for p in group["params"]]
+        for group in groups(named.items(), config("muon", row_bias_lr_multiplier=2))
+    ]
+    assert got == [
+        ["layers.0.attention.qkv.weight"],
+        ["embedding.word.weight", "head.weight"],
+        ["layers.0.norm1.weight", "layers.0.norm1.bias", "layers.0.attention.qkv.bias", "norm.weight"],
+        ["layers.0.mlp.down.bias"],
+    ]
+    scaled = groups(named.items(), config("adamw", row_bias_lr_multiplier=2))[-1]
+    assert scaled["lr_scale"] == 2
+    assert len(groups(named.items(), config("adamw", row_bias_lr_multiplier=1))) == 2
