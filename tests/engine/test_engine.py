@@ -14,6 +14,7 @@ import torch
 from neox.engine.evaluation import evaluate
 from neox.errors import CheckpointError, NonFinite
 from neox.parallel.mesh import Mesh
+from neox.phases import Observer, Phases
 from tests.distributed import run_ranks
 from tests.engine.toy import Stored, engine_padding, gathered, make_config, make_engine, micro_batches, run
 
@@ -262,3 +263,53 @@ def test_the_step_of_the_documentation_runs_without_a_launcher(repository):
         if line.startswith("StepResult")
     ]
     assert len(losses) == 3 and losses[2] < losses[0]
+
+
+class Recorder(Observer):
+    """Notes the phases that a step enters."""
+
+    def __init__(self):
+        self.seen = []
+
+    def enter(self, phase, step=None):
+        self.seen.append((phase, step))
+
+
+def test_a_step_announces_its_phases_in_order():
+    recorder = Recorder()
+    engine = make_engine(make_config(), Mesh.single(), 2, phases=Phases(recorder))
+    run(engine, 2, 2)
+    micro_batch = [("forward", None), ("backward", None)]
+    steps = [[("step", n), *micro_batch, *micro_batch, ("update", None), ("updated", None)] for n in (1, 2)]
+    assert recorder.seen == steps[0] + steps[1]
+    recorder.seen.clear()
+    evaluate(engine, micro_batches(3, engine.mesh, 2))
+    assert recorder.seen == [("evaluate", None), ("forward", None), ("forward", None)]
+
+
+def test_what_is_not_a_tensor_is_saved_and_restored_too():
+    """Steps, updates and the losses of the guard; nothing of a loss scale, which only fp16 has."""
+    config = make_config(guard={"non_finite": "skip"})
+    engine = make_engine(config, Mesh.single())
+    run(engine, 1, 2)
+    engine.model.poison = (0, "loss", math.nan)
+    assert engine.train_step(micro_batches(2, engine.mesh, 1)).skipped
+    state = engine.state_dict()
+    assert state == {
+        "step": 3,
+        "updates": 2,
+        "optimizer": "adamw",
+        "guard": {"losses": list(engine.updater.guard.losses), "skipped": 1},
+    }
+    assert len(state["guard"]["losses"]) == 2
+    other = make_engine(config, Mesh.single())
+    other.restore(Stored({key: value.clone() for key, value in gathered(engine).items()}, state))
+    assert other.state_dict() == state
+    assert (other.step, other.updates, other.deepspeed.global_steps) == (3, 2, 3)
+
+
+def test_one_process_asks_itself():
+    engine = make_engine(make_config(), Mesh.single())
+    assert engine.any_process(True) is True and engine.any_process(False) is False
+    engine.check_replicas()
+    assert engine.everyone is None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
+from neox.engine.gradients import shorten_gradient_path
 from neox.parallel.mesh import Mesh
 from tests.engine.toy import make_config, make_engine, micro_batches, run
 
@@ -69,3 +72,48 @@ def test_a_gradient_that_is_not_finite_leaves_nothing():
     run(engine, 1, 1)
     skip_a_step(engine, 1)
     assert not any(flat.any() for flat in sums(engine))
+
+
+def test_at_stage_0_a_parameter_without_a_gradient_gets_one_of_zeros():
+    """Decay and momentum move it like any other."""
+    engine = make_engine(make_config(), Mesh.single())
+    engine.pipeline.train(micro_batches(0, engine.mesh, 1))
+    norm = dict(engine.model.named_parameters())["norm.weight"]
+    others = [p.grad.clone() for p in engine.model.parameters() if p is not norm]
+    norm.grad = None
+    engine.deepspeed.buffered_allreduce_fallback()
+    assert torch.equal(norm.grad, torch.zeros_like(norm))
+    assert all(
+        torch.equal(a, p.grad)
+        for a, p in zip(others, (p for p in engine.model.parameters() if p is not norm), strict=True)
+    )
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("sums_of_our_own", [True, False])
+def test_gradients_are_reduced_only_over_several_replicas(replicas, sums_of_our_own):
+    calls = []
+    wrapper = FakeWrapper() if sums_of_our_own else object()
+    engine = SimpleNamespace(
+        optimizer=wrapper,
+        buffered_allreduce_fallback=lambda grads, size: calls.append((grads, size)),
+        _get_gradients_for_reduction=lambda: calls.append("zeros"),
+    )
+    shorten_gradient_path(engine, replicas)
+    engine.buffered_allreduce_fallback("grads", 7)
+    if replicas > 1:
+        assert calls == [("grads", 7)]
+    else:
+        assert calls == ([] if sums_of_our_own else ["zeros"])
+    if sums_of_our_own:
+        assert wrapper.fp32_groups_gradients[0][0].tolist() == [1.0] and wrapper.fp32_groups_gradients[0][
+            1
+        ].tolist() == [0.0]
+
+
+class FakeWrapper(BF16_Optimizer):
+    """Two sums, of which the second is that of an earlier step; without DeepSpeed's set-up."""
+
+    def __init__(self):
+        self.fp32_groups_gradients = [[torch.tensor([1.0]), torch.tensor([2.0])]]
+        self.fp32_groups_has_gradients = [[True, False]]

@@ -94,3 +94,40 @@ def test_the_model_gets_the_complete_batch(batch):
     }
     module(batch)
     assert module.model.seen[2].keys() == {"segment_ids", "position_ids", "checked"}
+
+
+def test_pairs_alternate_and_only_their_differences_count(batch):
+    """The chosen answer comes first: a better chosen one lowers the loss, a better rejected one raises it."""
+    scores = torch.zeros(ROWS, LENGTH)
+    base = float(RewardLoss()(scores.flatten(), batch))
+    assert base == pytest.approx(3 * math.log(2))
+    for row in range(ROWS):
+        better = scores.clone()
+        better[row, batch.ends[row]] = 2.0
+        assert (float(RewardLoss()(better.flatten(), batch)) < base) == (row % 2 == 0)
+    batch.reference = torch.zeros(ROWS)
+    losses = torch.zeros(ROWS, LENGTH)
+    for row in range(ROWS):
+        worse = losses.clone()
+        worse[row, 1] = 2.0  # a loss: the answer is less likely
+        assert (float(PreferenceLoss(0.5)(worse.flatten(), batch)) > base) == (row % 2 == 0)
+
+
+def test_a_loss_far_from_zero_stays_finite(batch):
+    scores = torch.zeros(ROWS, LENGTH)
+    scores[1::2] = 1000.0
+    assert float(RewardLoss()(scores.flatten(), batch)) == pytest.approx(3000.0)
+
+
+def test_the_beta_is_that_of_the_config():
+    assert build_objective(TrainConfig(objective="dpo", dpo_beta=0.7)).beta == 0.7
+
+
+def test_the_residual_stream_of_a_stage_is_passed_on_as_it_is(batch):
+    class Stage(torch.nn.Module):
+        def forward(self, *_, **__):
+            return stream
+
+    stream = torch.rand(2, 3, 4)
+    batch.segment_ids = batch.position_ids = None
+    assert LossModule(Stage(), TokenLoss())(batch) is stream

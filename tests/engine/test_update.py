@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from neox.engine.update import NO_TARGETS, sum_over
+from neox.errors import NonFinite
 from neox.parallel.mesh import Mesh
 from tests.engine.toy import gathered, make_config, make_engine, micro_batches, run
 
@@ -55,3 +56,57 @@ def test_a_norm_that_deepspeed_is_asked_not_to_compute_is_not_a_number():
 
 def test_the_sum_of_one_process():
     assert sum_over([1.0, 0.1 + 0.2], None, torch.device("cpu")) == [1.0, 0.1 + 0.2]
+
+
+@pytest.mark.parametrize(("limit", "clips"), [(0.0, False), (4.9, True), (5.1, False)])
+def test_gradients_above_the_limit_are_scaled_down_to_it(limit, clips):
+    """Not those below it, and none where the limit is 0."""
+    engine = make_engine(make_config(optimizer={"lr": 0.01, "gradient_clipping": limit}), Mesh.single())
+    parameters = list(engine.model.parameters())
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    parameters[0].grad[0, 0], parameters[-1].grad[0] = 3.0, -4.0
+    assert engine.updater.clip_gradients() == pytest.approx(5.0)
+    want = (3.0 * 4.9 / 5, -4.0 * 4.9 / 5) if clips else (3.0, -4.0)
+    assert (float(parameters[0].grad[0, 0]), float(parameters[-1].grad[0])) == pytest.approx(want, rel=1e-5)
+    parameters[0].grad[0, 0] = math.inf
+    assert engine.updater.clip_gradients() == math.inf and float(parameters[-1].grad[0]) == pytest.approx(
+        want[1], rel=1e-5
+    )
+    for p in parameters:
+        p.grad = None
+    assert engine.updater.clip_gradients() == 0.0
+
+
+def test_the_rate_of_a_group_is_a_multiple_of_the_schedules():
+    engine = make_engine(make_config(schedule={"type": "constant", "warmup_iters": 4}), Mesh.single())
+    first, second = engine.updater.optimizer.param_groups
+    second["lr_scale"] = 3
+    assert engine.updater.set_learning_rate(1, 0) == pytest.approx(0.0025)
+    assert (first["lr"], second["lr"]) == pytest.approx((0.0025, 0.0075))
+    engine.updater.set_learning_rate(9, 8)
+    assert (first["lr"], second["lr"]) == pytest.approx((0.01, 0.03))
+
+
+def test_a_spike_that_stops_the_run_is_described_with_its_step():
+    config = make_config(guard={"loss_spike": "skip", "spike_factor": 2.0, "max_skipped": 1})
+    engine = make_engine(config, Mesh.single())
+    for _ in range(8):
+        engine.updater.guard.accept(0.001)
+    result = engine.train_step(micro_batches(0, engine.mesh, 1))
+    assert result.skipped and result.spike and result.grad_norm == math.inf
+    assert "times the median of the last 8" in result.problem
+    with pytest.raises(NonFinite, match="loss spike did not recover; where=step 2; got=loss .* times the median"):
+        engine.train_step(micro_batches(1, engine.mesh, 1))
+    assert (engine.step, engine.updates) == (1, 0)
+
+
+def test_a_skipped_update_says_what_was_wrong():
+    engine = make_engine(make_config(guard={"non_finite": "skip"}), Mesh.single())
+    engine.model.poison = (0, "loss", math.inf)
+    result = engine.train_step(micro_batches(0, engine.mesh, 1))
+    assert (result.skipped, result.spike, result.grad_norm, result.step) == (True, False, math.inf, 1)
+    assert result.problem.startswith("the loss is not finite: inf, samples [0, 1, 2, 3, 4, 5, 6, 7]")
+    engine.model.poison = (0, "gradient", math.nan)
+    result = engine.train_step(micro_batches(1, engine.mesh, 1))
+    assert result.problem.startswith("the gradient is not finite: nan, samples [8, ") and math.isfinite(result.loss)
