@@ -109,3 +109,85 @@ def test_dots_names_and_colours():
 def test_a_logarithmic_axis_shows_the_numbers_themselves():
     figure = plot("x", [Line("a", [(0.0, 0.01), (1.0, 100.0)])], log=True)
     assert {"0.01", "1", "100"} <= set(re.findall(r">([^<>]+)</text>", figure))
+
+
+def test_each_segment_of_a_thinned_line_keeps_its_lowest_and_highest_point():
+    """1,001 points and 700 wanted: segments of 3, of which the middle one is here neither."""
+    points = [(float(i), (1.0, 5.0, 3.0)[i % 3]) for i in range(999)] + [(999.0, 7.0), (1000.0, 7.0)]
+    kept = thin(points)
+    assert len(kept) == 2 * 333 + 1
+    assert kept[:4] == [(0.0, 1.0), (1.0, 5.0), (3.0, 1.0), (4.0, 5.0)] and kept[-1] == (999.0, 7.0)
+    assert [x for x, _ in thin([(float(i), float(-i)) for i in range(30)], 10)] == [0, 5, 6, 11, 12, 17, 18, 23, 24, 29]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "wanted"),
+    [
+        (0.0, 100.0, [0, 20, 40, 60, 80, 100]),
+        (-3.0, 2.0, [-3, -2, -1, 0, 1, 2]),
+        (0.0, 26.0, [0, 10, 20]),
+        (0.0, 0.05, [0, 0.01, 0.02, 0.03, 0.04, 0.05]),
+        (0.1, 0.7, [0.2, 0.4, 0.6]),
+        (1000.0, 1004.0, [1000, 1001, 1002, 1003, 1004]),
+        (5.0, 4.0, [5.0]),
+    ],
+)
+def test_ticks_are_multiples_of_one_two_or_five(low, high, wanted):
+    assert ticks(low, high) == pytest.approx(wanted)
+
+
+def test_the_axes_stand_where_their_numbers_are():
+    """The y axis has a margin of 5 %, the x axis none; numbers stand left of and below the box."""
+    figure = ElementTree.fromstring(plot("title", [Line("a", [(0.0, 0.0), (10.0, 10.0)])], x_name="tokens"))
+    svg = figure.find("svg")
+    assert (figure.find("figcaption").text, svg.get("aria-label")) == ("title", "title")
+    texts = {(text.text, text.get("text-anchor")): (text.get("x"), text.get("y")) for text in svg.iter("text")}
+    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    for value in (0, 2, 4, 6, 8, 10):
+        x, y = texts[str(value), "middle"]
+        assert float(x) == pytest.approx(LEFT + value / 10 * width, abs=0.06) and float(y) == HEIGHT - BOTTOM + 15
+    for value in (0, 5, 10):
+        x, y = texts[str(value), "end"]
+        wanted = HEIGHT - BOTTOM - (value + 0.5) / 11 * height
+        assert int(x) < LEFT and float(y) == pytest.approx(wanted + 4, abs=0.06)  # 4: half the height of a digit
+    assert texts["tokens", "end"] == (str(WIDTH - RIGHT), str(HEIGHT - 4))
+    lines = [[float(line.get(key)) for key in ("x1", "x2", "y1", "y2")] for line in svg.iter("line")]
+    assert [line[:2] for line in lines[:3]] == [[LEFT, WIDTH - RIGHT]] * 3 and lines[0][2] == lines[0][3]
+    assert [line[2:] for line in lines[3:]] == [[TOP, HEIGHT - BOTTOM]] * 6 and lines[3][:2] == [LEFT, LEFT]
+    (points,) = [each.get("points").split() for each in svg.iter("polyline")]
+    assert points[0] == f"{LEFT:.1f},{HEIGHT - BOTTOM - 0.5 / 11 * height:.1f}"
+    assert points[1] == f"{WIDTH - RIGHT:.1f},{HEIGHT - BOTTOM - 10.5 / 11 * height:.1f}"
+
+
+def test_one_point_stands_at_the_left_and_half_way_up():
+    figure = plot("x", [Line("a", [(7.0, 3.0)], 1)])
+    (dot,) = ElementTree.fromstring(figure).iter("circle")
+    assert (float(dot.get("cx")), float(dot.get("cy"))) == (LEFT, TOP + (HEIGHT - TOP - BOTTOM) / 2)
+    assert dot.get("fill") == COLORS[1]
+
+
+def test_the_box_holds_every_line_and_the_legend_names_each_in_its_colour():
+    lines = [Line("low", [(3.0, 1.0), (4.0, 2.0)], 2), Line("none", []), Line("<high>", [(1.0, 5.0), (8.0, 9.0)], 4)]
+    svg = ElementTree.fromstring(plot("x", lines)).find("svg")
+    at = [tuple(map(float, pair.split(","))) for each in svg.iter("polyline") for pair in each.get("points").split()]
+    assert min(x for x, _ in at) == LEFT and max(x for x, _ in at) == WIDTH - RIGHT and at[2][0] == LEFT
+    assert all(TOP < y < HEIGHT - BOTTOM for _, y in at)
+    assert [each.get("stroke") for each in svg.iter("polyline")] == [COLORS[2], COLORS[4]]
+    names = [text for text in svg.iter("text") if text.get("class") == "n"]
+    assert [(text.text, text.get("style")) for text in names] == [
+        ("low", f"fill:{COLORS[2]}"),
+        ("<high>", f"fill:{COLORS[4]}"),
+    ]
+    assert [int(text.get("y")) for text in names] == [TOP + 12, TOP + 26]
+    assert all(LEFT < int(text.get("x")) < WIDTH - RIGHT and text.get("text-anchor") == "end" for text in names)
+
+
+def test_a_logarithmic_line_leaves_out_what_is_not_above_zero():
+    figure = plot("x", [Line("a", [(0.0, -1.0), (1.0, 0.0), (2.0, 1e-3), (3.0, 1.0), (4.0, 1e3)])], log=True)
+    at = coordinates(figure)
+    assert [x for x, _ in at] == [LEFT, (LEFT + WIDTH - RIGHT) / 2, WIDTH - RIGHT]
+    assert at[1][1] - at[0][1] == pytest.approx(at[2][1] - at[1][1], abs=0.11)
+
+
+def test_a_range_of_negative_numbers_has_a_margin_below_and_above():
+    assert padded(-4.0, -4.0) == pytest.approx((-4.2, -3.8)) and padded(-4.0, -2.0) == pytest.approx((-4.1, -1.9))

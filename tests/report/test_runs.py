@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from neox.errors import DataError
-from neox.report.runs import differences, read_run
+from neox.report.runs import differences, read_plan, read_run
 from tests.report.records import write_run
 
 
@@ -188,3 +190,122 @@ def test_lines_of_the_log_that_are_incidents(tmp_path, line, incident):
     assert read_run(folder).incidents() == ([line] if incident else [])
     (folder / "log.txt").unlink()
     assert read_run(folder).incidents() == []
+
+
+def rewrite(folder: Path, change: Callable[[dict], dict]) -> None:
+    """Change every row of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    rows = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_incidents_come_by_kind_and_each_names_its_own_numbers(tmp_path):
+    """The median is of the 50 losses before the step, whatever they are numbered."""
+    folder = write_run(tmp_path / "run", steps=60, spike=None, skipped=None)
+
+    def change(row):
+        step = row["step"]
+        loss = 20.0 if step == 9 else None if step == 20 else 7.5 if step == 60 else 2.0 if step % 2 else 4.0
+        return {**row, "step": step + 1000, "loss": loss, "grad_norm": None if step in (20, 33) else 1.0}
+
+    rewrite(folder, change)
+    (folder / "log.txt").write_bytes(b"stopped \xff\n")
+    assert read_run(folder).incidents() == [
+        "step 1020: update skipped",
+        "step 1033: update skipped",
+        "step 1060: loss 7.5, 2.5 times the median of the 50 steps before",
+        "stopped \ufffd",
+    ]
+
+
+@pytest.mark.parametrize(("last", "found"), [(3.0, False), (3.0001, True)])
+def test_a_spike_is_above_one_and_a_half_times_the_median(tmp_path, last, found):
+    folder = write_run(tmp_path / "run", steps=51, spike=None, skipped=None)
+    rewrite(folder, lambda row: {**row, "loss": last if row["step"] == 51 else 2.0})
+    assert any("times the median" in text for text in read_run(folder).incidents()) == found
+
+
+def test_facts_of_a_run_that_stopped_early_and_measured_little(tmp_path):
+    folder = write_run(tmp_path / "run", steps=1100, spike=None, skipped=None)
+    keep = {"step": None, "loss": None, "step_time": None, "memory_gb": None, "validation_loss": None}
+
+    def change(row):
+        row = {name: value for name, value in row.items() if name in keep}
+        return row | {"memory_gb": 9.0 if row["step"] == 2 else 1.0, "step_time": 1800.0 if row["step"] < 3 else 0.0}
+
+    rewrite(folder, change)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:1050]))
+    found = read_run(folder).summary()
+    assert (found["steps"], found["tokens"]) == ("1,050 of 1,100", "0")
+    assert (found["time of the steps"], found["peak memory of a process"]) == ("1.00 h", "9.00 GB")
+    assert "tokens/s, median" not in found
+    rewrite(folder, lambda row: {"step": row["step"], "loss": 1.0})
+    found = read_run(folder).summary()
+    assert not {"last validation loss", "peak memory of a process"} & set(found)
+
+
+def test_the_last_and_the_best_validation_loss(tmp_path):
+    folder = write_run(tmp_path / "run", spike=None)
+    losses = {40: 2.5, 80: 2.0, 120: 2.25}
+    rewrite(folder, lambda row: {**row, "validation_loss": losses.get(row["step"])})
+    found = read_run(folder).summary()
+    assert found["last validation loss"] == "2.2500" and found["best validation loss"] == "2.0000 at step 80"
+    assert read_run(folder).series("validation_loss") == [(40.0, 2.5), (80.0, 2.0), (120.0, 2.25)]
+
+
+def test_planned_numbers_have_the_deviation_from_the_measured_ones(tmp_path):
+    folder = write_run(tmp_path / "run")
+    content = {
+        "memory_bytes": {"planned": 1.5e9, "measured": None},
+        "step_seconds": {"planned": 1.5, "measured": 2.0},
+        "rank": 3,
+    }
+    (folder / "plan.json").write_text(json.dumps(content))
+    assert read_plan(folder / "plan.json") == {name: content[name] for name in ("memory_bytes", "step_seconds")}
+    found = read_run(folder).summary()
+    assert found["time of a step, planned and measured"] == "1.5 and 2 s (-25 %)"
+    assert "memory, planned and measured" not in found
+    for wrong in (True, "1", [1]):
+        content["step_seconds"]["measured"] = wrong
+        (folder / "plan.json").write_text(json.dumps(content))
+        with pytest.raises(DataError, match="is not a number"):
+            read_run(folder)
+
+
+@pytest.mark.parametrize(
+    "line", [b"[1]", b"", b'{"loss": 1}', b'{"step": true, "loss": 1}', b'{"step": 1.5, "loss": 1}', b'{"step": 1}']
+)
+def test_a_line_that_is_no_step_is_named_by_its_number(tmp_path, line):
+    folder = write_run(tmp_path / "run")
+    rows = (folder / "metrics.jsonl").read_bytes().split(b"\n")
+    (folder / "metrics.jsonl").write_bytes(b"\n".join([*rows[:5], line, *rows[5:]]) + b"\n\n")
+    with pytest.raises(DataError, match=r"metrics cannot be read; where=.*metrics\.jsonl:6; got="):
+        read_run(folder)
+    (folder / "metrics.jsonl").write_bytes(b"\n".join(rows[:5]) + b"\n" + line + b"\n\n")
+    assert [row["step"] for row in read_run(folder).rows] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt"])
+def test_records_have_a_limit_of_their_own(tmp_path, monkeypatch, name):
+    """Larger than that of other files, and that of configs."""
+    folder = write_run(tmp_path / "run", steps=2)
+    size = max((folder / each).stat().st_size for each in ("metrics.jsonl", "log.txt"))
+    monkeypatch.setattr("neox.report.runs.LARGEST_RECORD", size)
+    assert len(read_run(folder).rows) == 2
+    with open(folder / name, "ab") as file:
+        file.write(b"\n" * size)
+    with pytest.raises(DataError, match=rf"where=.*{name}; got=larger than {size}"):
+        read_run(folder)
+
+
+def test_a_key_that_one_config_lacks_is_a_difference(tmp_path):
+    runs = [read_run(write_run(tmp_path / name, lr=lr)) for name, lr in (("a", 1.0), ("b", 1.0), ("c", 2.0))]
+    config = tmp_path / "b" / "config.lock.yml"
+    config.write_text(config.read_text().replace("deepspeed: {}", "deepspeed: {prescale_gradients: true}"))
+    runs[1] = read_run(tmp_path / "b")
+    assert dict(differences(runs)) == {
+        "optimizer.lr": ["1.0", "1.0", "2.0"],
+        "deepspeed.prescale_gradients": ["", "True", ""],
+    }
+    assert runs[1].name == str(tmp_path / "b") and differences(runs[:1]) == []
