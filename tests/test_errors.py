@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
 from neox import errors
 
 
@@ -71,3 +78,81 @@ def test_exit_codes_are_the_published_ones():
         "PeerLost": 13,
         "EnvironmentProblem": 14,
     }
+
+
+def test_parts_are_plain_json_and_none_where_they_lack():
+    error = errors.ModelMismatch("other", where=Path("a/b"), got=0, do="x")
+    assert json.loads(json.dumps(error.parts())) == {
+        "what": "other",
+        "where": "a/b",
+        "got": "0",
+        "want": None,
+        "do": "x",
+    }
+    assert error.line() == str(error) == "error[4] other; where=a/b; got=0; do=x"
+    assert errors.NeoxError("x", want="").line() == "error[1] x; want="
+
+
+def test_spaces_become_one_and_only_control_characters_are_escaped():
+    assert errors.one_line("\x1f \x20~\x7f\x80\x9f\xa0\u200b") == "\\x1f  ~\\x7f\\x80\\x9f\xa0\u200b"
+    assert errors.one_line("\x07" + os.fsdecode(b"\xe9")) == "\\x07\\xe9"
+    assert errors.DataError("a  b", got="c\t\td").line() == "error[3] a b; got=c d"
+
+
+FREE = "free space, or write to another folder"
+FORKS = "raise the limit on processes and threads: ulimit -u"
+NAME = "check its name and permissions"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "what", "where", "do"),
+    [
+        *((OSError(number, "r"), 5, "cannot write", "rank 3", FREE) for number in (28, 122, 27, 30, 5)),
+        (OSError(errno.EIO, "r", "a/b"), 5, "cannot write", "a/b", FREE),
+        (OSError(errno.EMFILE, "r", "a"), 14, "the system refused a file or process", "a", "ulimit -n"),
+        (OSError(errno.ENFILE, "r"), 14, "the system refused a file or process", "rank 3", "end other programs"),
+        (OSError(errno.EAGAIN, "r"), 14, "the system refused a file or process", "rank 3", FORKS),
+        (OSError(errno.EACCES, "r", b"caf\xe9"), 5, "cannot use file or folder", "caf\\xe9", NAME),
+        (OSError(errno.ENOENT, "r", "a"), 5, "cannot use file or folder", "a", NAME),
+        (OSError(errno.EISDIR, "r", "a"), 5, "cannot use file or folder", "a", NAME),
+        (OSError(errno.ENOENT, "r"), 5, "cannot use file or folder", "rank 3", "set TMPDIR to a writable folder"),
+    ],
+)
+def test_what_the_system_refused(error, code, what, where, do):
+    found = errors.system_problem(error, "rank 3")
+    assert found.line().startswith(f"error[{code}] {what}; where={where}; got=r; do=") and do in found.do
+
+
+def test_a_refused_thread_and_memory_have_their_reason():
+    found = errors.system_problem(RuntimeError("can't start new thread"), "rank 3")
+    assert (found.what, found.where, found.do) == ("cannot start a thread", "rank 3", FORKS)
+    assert str(found.got) == "can't start new thread"
+    assert errors.system_problem(MemoryError(), "x").got is None
+    assert errors.system_problem(MemoryError("m" * 201), "x").got == "m" * 200
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError(errno.ETIMEDOUT, "r", "a"),
+        ConnectionRefusedError(errno.ECONNREFUSED, "r"),
+        BrokenPipeError(errno.EPIPE, "r"),
+        OSError(errno.EACCES, "r"),
+        RuntimeError("can't allocate"),
+        ValueError("can't start new thread"),
+        KeyError("a"),
+    ],
+)
+def test_what_is_no_refusal_of_the_system(error):
+    assert errors.system_problem(error, "rank 0") is None
+
+
+def test_a_removed_working_folder_is_noticed(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    assert errors.has_working_folder()
+    (tmp_path / "gone").rmdir()
+    assert not errors.has_working_folder()
+    assert errors.system_problem(FileNotFoundError(2, "r"), "x").do == "change to a folder that exists"
+    named = errors.system_problem(FileNotFoundError(2, "r", "a"), "x")
+    assert (named.where, named.do) == ("a", NAME)

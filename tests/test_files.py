@@ -8,6 +8,7 @@ import os
 import resource
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -305,3 +306,178 @@ def test_a_descriptor_is_closed_after_a_refusal(tmp_path):
         with pytest.raises(OSError, match="a folder"):
             files.open_regular(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == count
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_no_descriptor_stays_open(tmp_path, monkeypatch):
+    """Of refused, read, locked, synced and written files, also where a call fails."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_bytes(b"x")
+    count = open_descriptors()
+    with pytest.raises(OSError, match="a device, not a regular file"):
+        files.open_to_append("/dev/null")
+    files.read_bytes(tmp_path / "file")
+    files.require_regular(tmp_path / "file")
+    with files.locked(tmp_path / "lock"):
+        pass
+    files.sync_dir(tmp_path)
+    for call in ("write", "sync", "close", "rename", "sync_dir"):
+        with pytest.raises(DiskError):
+            write_durably(tmp_path / "f", b"x", storage=FailingStorage(call, 0, errno.EIO))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.close(-1))
+    for path in (tmp_path, tmp_path / "f"):
+        with pytest.raises(DiskError, match="EBADF"):
+            files.sync_dir(tmp_path) if path == tmp_path else write_durably(path, b"x")
+    assert open_descriptors() == count
+
+
+def test_a_fifo_with_a_reader_is_no_file_to_append_to(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(OSError, match="a FIFO, not a regular file") as caught:
+            files.open_to_append(tmp_path / "fifo")
+    finally:
+        os.close(reader)
+    assert (caught.value.errno, caught.value.filename) == (errno.EINVAL, str(tmp_path / "fifo"))
+    with pytest.raises(OSError, match="a FIFO or socket") as caught:
+        files.open_to_append(tmp_path / "fifo")
+    assert (caught.value.errno, caught.value.filename) == (errno.EINVAL, str(tmp_path / "fifo"))
+    with pytest.raises(FileNotFoundError):
+        files.open_to_append(tmp_path / "nowhere" / "f")
+
+
+def test_the_reasons_of_a_refusal_have_their_numbers(tmp_path):
+    os.mknod(tmp_path / "socket", stat.S_IFSOCK | 0o600)
+    os.mkfifo(tmp_path / "fifo")
+    for name, number in ((".", errno.EISDIR), ("fifo", errno.EINVAL)):
+        with pytest.raises(OSError, match="not a regular file") as caught:
+            files.open_regular(tmp_path / name)
+        assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / name))
+    with pytest.raises(DiskError, match="where=.*socket; got=a socket; want=a new name, or a regular file"):
+        files.refuse_special(tmp_path / "socket")
+    (tmp_path / "file").write_bytes(b"12")
+    with pytest.raises(OSError, match="larger than 1 bytes") as caught:
+        files.read_bytes(tmp_path / "file", 1)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "file"))
+
+
+def test_a_config_has_a_lower_limit_than_other_files(tmp_path):
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(1 << 24)
+    assert len(files.read_text(tmp_path / "sparse")) == 1 << 24
+    os.truncate(tmp_path / "sparse", (1 << 24) + 1)
+    assert len(files.read_bytes(tmp_path / "sparse")) == (1 << 24) + 1
+    with pytest.raises(OSError, match="larger than 16,777,216 bytes"):
+        files.read_text(tmp_path / "sparse")
+    assert (files.LARGEST_FILE, files.LARGEST_RECORD, files.WRITE_BYTES) == (1 << 28, 1 << 32, 4 << 20)
+
+
+def test_a_write_under_a_random_name_is_as_durable(tmp_path):
+    storage = RecordingStorage()
+    write_durably(tmp_path / "f", b"one", storage=storage)
+    temporary = storage.trace[0][1]
+    assert temporary.parent == tmp_path and temporary.name.startswith("f.partial.") and len(temporary.name) == 26
+    assert storage.trace == [
+        ("create", temporary),
+        ("write", temporary, b"one"),
+        ("sync", temporary),
+        ("rename", temporary, tmp_path / "f"),
+        ("sync_dir", tmp_path),
+    ]
+
+
+def test_a_sole_writer_removes_a_link_to_nowhere(tmp_path):
+    (tmp_path / "f.tmp").symlink_to(tmp_path / "victim")
+    write_durably(tmp_path / "f", b"one", sole_writer=True)
+    assert (tmp_path / "f").read_bytes() == b"one" and sorted(os.listdir(tmp_path)) == ["f"]
+    (tmp_path / "f.tmp").write_bytes(b"")
+    with pytest.raises(DiskError, match=r"where=.*/f\.tmp; got=.*EACCES"):
+        write_durably(tmp_path / "f", b"", sole_writer=True, storage=FailingStorage("unlink", 0, errno.EACCES))
+
+
+def test_a_failed_write_names_the_bytes_that_it_needs(tmp_path):
+    for sole_writer in (False, True):
+        with pytest.raises(DiskError) as caught:
+            write_durably(
+                tmp_path / "f", b"12345", sole_writer=sole_writer, storage=FailingStorage("write", 0, errno.ENOSPC)
+            )
+        assert caught.value.want == "5 bytes written" and caught.value.where == tmp_path / "f"
+
+
+def test_free_bytes_are_those_of_this_user_in_the_nearest_folder(tmp_path, monkeypatch):
+    asked = []
+
+    def statvfs(path):
+        asked.append(path)
+        if path != tmp_path:
+            raise FileNotFoundError(2, "r")
+        return SimpleNamespace(f_bavail=3, f_bfree=5, f_frsize=7, f_bsize=11, f_blocks=13)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    assert files.free_bytes(tmp_path / "a" / "b") == 21
+    assert asked == [tmp_path / "a" / "b", tmp_path / "a", tmp_path]
+    assert files.disk_error(OSError(errno.EIO, "why"), tmp_path / "a").got == "why (EIO), 21 bytes free"
+    assert files.free_bytes(Path("/")) is None
+    assert files.disk_error(OSError(errno.EIO, "why"), Path("/x")).got == "why (EIO)"
+
+
+def test_folders_that_another_process_makes_meanwhile_are_accepted(tmp_path, monkeypatch):
+    class Late(RecordingStorage):
+        def make_dir(self, path):
+            os.mkdir(path)
+            super().make_dir(path)
+
+    storage = Late()
+    make_dirs(tmp_path / "a", storage=storage)
+    assert storage.trace == [("sync_dir", tmp_path)]
+    storage = RecordingStorage()
+    make_dirs(tmp_path / "a", storage=storage)
+    assert storage.trace == []
+    monkeypatch.chdir(tmp_path)
+    make_dirs(Path("a/b"), storage=storage)
+    assert storage.trace == [("make_dir", tmp_path / "a/b"), ("sync_dir", tmp_path / "a")]
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DiskError, match="where=.*/file; got=File exists"):
+        make_dirs(tmp_path / "file")
+    with pytest.raises(DiskError, match="where=.*/file; got=File exists"):
+        make_dirs(tmp_path / "file" / "x")
+
+
+def test_a_probe_writes_syncs_and_removes_a_block(tmp_path):
+    storage = RecordingStorage()
+    probe(str(tmp_path / "new"), storage=storage)
+    path = tmp_path / "new" / f".probe-{os.getpid()}"
+    assert storage.trace[:2] == [("make_dir", tmp_path / "new"), ("sync_dir", tmp_path)]
+    assert storage.trace[3] == ("write", path.with_name(path.name + ".tmp"), b"\0" * 4096)
+    assert storage.trace[-2:] == [("sync_dir", tmp_path / "new"), ("unlink", path)]
+    with pytest.raises(DiskError, match="EACCES"):
+        probe(tmp_path, storage=FailingStorage("unlink", 0, errno.EACCES))
+
+
+def test_clean_up_after_an_error_hides_failures_of_the_system_alone():
+    assert files.attempt(os.close, os.open("/dev/null", os.O_RDONLY)) and not files.attempt(os.close, -1)
+    with pytest.raises(ZeroDivisionError):
+        files.attempt(divmod, 1, 0)
+
+
+def test_a_lock_keeps_the_file_and_is_not_needed_where_there_are_none(tmp_path, monkeypatch):
+    (tmp_path / "lock").write_bytes(b"kept")
+    with files.locked(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "lock").read_bytes() == b"kept"
+    (tmp_path / "link").symlink_to(tmp_path / "lock")
+    with pytest.raises(OSError, match="symbolic links"), files.locked(tmp_path / "link"):
+        pass
+    entered = []
+
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with files.locked(tmp_path / "lock"):
+        entered.append(True)
+    assert entered

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 
+import pytest
+
 from neox.phases import Observer, Phases
 
 
@@ -54,3 +56,29 @@ def test_all_observers_are_called_in_order():
 def test_one_observer_of_many_may_change_values():
     assert Phases(Observer(), Diary("a", [])).changes_values
     assert not Phases().changes_values
+
+
+def test_several_observers_are_attached_and_each_list_is_its_own():
+    diary: list = []
+    first, second = Phases(), Phases(Observer())
+    first.attach(Diary("a", diary), Diary("bb", diary))
+    first.enter("step")
+    assert [name for name, *_ in diary] == ["a", "bb"] and first.changes_values
+    assert len(first.observers) == 2 and len(second.observers) == 1 and not second.changes_values
+
+
+def test_waiting_ends_for_all_observers_after_an_error():
+    closed: list = []
+
+    class Watch(Observer):
+        @contextlib.contextmanager
+        def waiting(self):
+            try:
+                yield
+            finally:
+                closed.append(self)
+
+    phases = Phases(Watch(), Watch())
+    with pytest.raises(TimeoutError), phases.waiting():
+        raise TimeoutError
+    assert closed == phases.observers[::-1]

@@ -24,3 +24,14 @@ def test_a_count_agrees_with_its_noun():
     counts = [counted(0, "token"), counted(1, "token"), counted(2048, "token"), counted(1, "process")]
     assert counts == ["0 tokens", "1 token", "2,048 tokens", "1 process"]
     assert counted(2, "process") == "2 processes"
+
+
+def test_paths_and_nested_values_are_printed(tmp_path):
+    assert printable(tmp_path) == str(tmp_path)
+    bad = os.fsdecode(b"\xff")
+    assert json_line({"a": {"b": [bad, 1, None, True]}, "c": 2.5}) == '{"a":{"b":["\\\\xff",1,null,true]},"c":2.5}'
+    assert json_line("é") == '"é"'
+
+
+def test_large_counts_have_thousands_and_one_has_none():
+    assert counted(1_000_000, "class") == "1,000,000 classes" and counted(1000, "bus") == "1,000 buses"

@@ -7,9 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import neox
+from neox.config.load import load_config
+from neox.config.schema import Config, ModelConfig
+from neox.generate.generate import load_model
+from neox.generate.sampling import SamplingParams
+from neox.model.gpt import GPT
 
 
 def test_public_names_exist_and_are_listed():
@@ -46,3 +52,16 @@ def test_the_package_declares_that_it_is_typed():
     assert named == set(neox.__all__) - {"__version__"}
     pyproject = folder.parent / "pyproject.toml"
     assert '"py.typed"' in pyproject.read_text(encoding="utf-8")
+
+
+def test_public_names_are_the_objects_of_their_modules():
+    assert (neox.GPT, neox.Config, neox.ModelConfig, neox.SamplingParams) == (GPT, Config, ModelConfig, SamplingParams)
+    assert neox.load_config is load_config and neox.load_model is load_model
+    for name in ("config", "data", "errors", "ops"):
+        assert getattr(neox, name) is sys.modules[f"neox.{name}"]
+
+
+def test_other_names_do_not_exist():
+    with pytest.raises(AttributeError, match="module 'neox' has no attribute 'gpt'"):
+        neox.gpt  # noqa: B018
+    assert not hasattr(neox, "train_tokenizer")

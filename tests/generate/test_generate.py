@@ -12,8 +12,8 @@ from neox.config.values import dump
 from neox.convert.huggingface import from_huggingface
 from neox.errors import CheckpointError, ConfigError
 from neox.evaluate.scoring import log_likelihoods
-from neox.generate.generate import generate, load_model
-from neox.generate.sampling import SamplingParams
+from neox.generate.generate import check_prompts, generate, load_model
+from neox.generate.sampling import SamplingParams, prompt_generator
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from tests.generate.checkpoints import save_model
@@ -210,3 +210,100 @@ def test_load_model_names_what_is_wrong(tmp_path):
     path = save_model(tmp_path / "other", tiny("neox"), model_config=json.loads(tiny("llama").config.model_dump_json()))
     with pytest.raises(CheckpointError, match="no such parameter"):
         load_model(path)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Tokens that are "sampled" in place of those of the model, one list per step; notes how often it is asked."""
+
+    def play(*steps: list[int]) -> list:
+        left, asked = list(steps), []
+
+        def choose(logits, params, generators):
+            asked.append((tuple(logits.shape), [generator.initial_seed() for generator in generators]))
+            return torch.tensor(left.pop(0))
+
+        monkeypatch.setattr("neox.generate.generate.choose", choose)
+        return asked
+
+    return play
+
+
+def test_each_prompt_ends_by_itself_and_all_together_end_the_loop(scripted):
+    """Also by the id 0, and at the first token; nothing is added or told after the end of a prompt."""
+    model, told, checked = tiny("neox"), [], []
+    asked = scripted([0, 7, 5], [8, 8, 5], [9, 0, 5], [1, 1, 6], [1, 1, 1])
+
+    def is_done(row, tokens):
+        checked.append((row, list(tokens)))
+        return tokens[-1] == 6
+
+    found = generate(
+        model, PROMPTS, SamplingParams(9), eod_id=0, on_token=lambda *each: told.append(each), is_done=is_done
+    )
+    assert found == [[], [7, 8], [5, 5, 5, 6]] and len(asked) == 4
+    assert told == [(1, 7), (2, 5), (1, 8), (2, 5), (2, 5), (2, 6)]
+    assert checked == [(1, [7]), (2, [5]), (1, [7, 8]), (2, [5, 5]), (2, [5, 5, 5]), (2, [5, 5, 5, 6])]
+
+
+@pytest.mark.parametrize(("eod", "wanted"), [(None, [0, 1, 2]), ((), [0, 1, 2]), ([2, 1], [0]), ({0}, []), (1, [0])])
+def test_what_ends_a_text(scripted, eod, wanted):
+    scripted([0], [1], [2])
+    assert generate(tiny("neox"), [[5]], SamplingParams(3), eod_id=eod) == [wanted]
+
+
+def test_streams_are_numbered_from_zero_unless_they_are_given(scripted):
+    asked = scripted([1, 1], [1, 1])
+    generate(tiny("neox"), PROMPTS[:2], SamplingParams(1, seed=9))
+    generate(tiny("neox"), PROMPTS[:2], SamplingParams(1, seed=9), streams=[4, 2])
+    wanted = [[prompt_generator(9, stream).initial_seed() for stream in streams] for streams in ((0, 1), (4, 2))]
+    assert [seeds for _, seeds in asked] == wanted and asked[0][0] == (2, 97)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_model_is_restored(training):
+    model, seen = tiny("neox").train(training), []
+
+    def interrupt(row, token):
+        seen.append((model.training, torch.is_inference_mode_enabled()))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    generate(model, [[1]], SamplingParams(2), on_token=interrupt)
+    assert model.training == training
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, [[1]], SamplingParams(2), on_token=interrupt)
+    assert model.training == training and seen == [(False, True)] * 3 and not torch.is_inference_mode_enabled()
+
+
+def test_only_positions_that_end_limit_a_text():
+    """Alibi has none; a rotary model reads exactly as many tokens as it has."""
+    params = SamplingParams(4, 0)
+    assert len(generate(tiny("alibi"), [[1] * 63], params)[0]) == 4
+    for length, fits in ((60, True), (61, False)):
+        if fits:
+            check_prompts(tiny("neox").config, [[1], [1] * length], params)
+        else:
+            with pytest.raises(ConfigError, match=f"where=prompt 1; got={length} of the prompt . 4 new"):
+                check_prompts(tiny("neox").config, [[1], [1] * length], params)
+    with pytest.raises(ConfigError, match="where=prompt 1; got=-1; want=0 <= id < 97"):
+        check_prompts(tiny("neox").config, [[0, 96], [3, -1, 98]], params)
+
+
+def test_a_reward_model_generates_nothing():
+    config = tiny("neox").config.model_copy(update={"output": "score"})
+    with pytest.raises(ConfigError, match="a reward model generates no text; where=model.output; got=score"):
+        check_prompts(config, [[1]], SamplingParams(1))
+
+
+def test_weights_have_the_dtype_and_the_kernels_that_are_asked_for(tmp_path):
+    model = tiny("neox")
+    path = save_model(tmp_path / "run", model)
+    loaded = load_model(path, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16}
+    weights = dict(loaded.logical_weights())
+    assert all(torch.equal(weights[name], weight.bfloat16()) for name, weight in model.logical_weights())
+    assert {weight.dtype for weight in load_model(path).parameters()} == {torch.float32}
+    mesh = Mesh.single("cpu")
+    on_mesh = load_model(path, device="meta", mesh=mesh)
+    assert on_mesh.mesh.world_size == 1 and next(on_mesh.parameters()).device == mesh.device

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from neox.data.text.tokenizer import Tokenizer, train_tokenizer
+from neox.errors import ConfigError
 from neox.generate.prompts import AnswerText, TextStream, encode_prompt
 from tests.generate.sentencepiece import write_tokenizer
 
@@ -75,3 +76,48 @@ def test_streamed_parts_concatenate_to_the_text(llama):
     stream.finish()
     assert "".join(pieces) == " stone 東京 garden"
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_incomplete_character_is_written_at_the_end_alone(tmp_path):
+    tokenizer = train_tokenizer(["plain"], 257, tmp_path / "t.json")  # a token for every byte
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, pieces.append)
+    tokens = tokenizer.encode("a東b東")
+    assert len(tokens) == 8
+    for token in tokens[:-1]:
+        stream.add(token)
+    assert pieces == ["a", "東", "b"]
+    stream.finish()
+    assert pieces[3:] == ["\ufffd"]
+
+
+def test_an_answer_completes_a_character_of_the_prompt(tmp_path):
+    """It is decoded alone then, as the prompt's text has changed; the context grows to the begin of a character."""
+    tokenizer = train_tokenizer(["plain"], 257, tmp_path / "t.json")
+    tokens = tokenizer.encode("東")
+    assert AnswerText(tokenizer, tokens[:2]).decode(tokens[2:]) == tokenizer.decode(tokens[2:]) == "\ufffd"
+    for text in ("東" * 9, "a" + "東" * 9, "ab" + "東" * 5):
+        assert AnswerText(tokenizer, tokenizer.encode(text)).decode(tokenizer.encode("a東")) == "a東"
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 40])
+def test_the_context_is_the_end_of_the_prompt(llama, length):
+    """Its beginning loses its space, so that the text of the answer does not begin with it."""
+    ids = llama.encode("river stone garden letter " * 9)[:length]
+    seen = []
+
+    class Watched:
+        template_tokens = ([1], [])
+
+        def decode(self, tokens):
+            seen.append(list(tokens))
+            return llama.decode(tokens)
+
+    assert AnswerText(Watched(), [1, *ids]).decode(llama.encode("stone")) == " stone"
+    assert seen[-2:] == [ids[-8:], ids[-8:] + llama.encode("stone")]
+
+
+def test_a_prompt_that_is_not_utf8_is_shown_as_far_as_fits(llama):
+    with pytest.raises(ConfigError) as caught:
+        encode_prompt(llama, "a\udcff" + "b" * 99)
+    assert caught.value.got == "a\\xff" + "b" * 78

@@ -121,3 +121,36 @@ def test_the_streams_of_prompts_are_pinned():
     seeds = [prompt_generator(seed, prompt).initial_seed() for seed, prompt in ((0, 0), (0, 1), (1, 0), (1234, 7))]
     assert seeds == [2177342782468422677, 4354685564936845354, 2177342782468422678, 8195370222892606842]
     assert prompt_generator(1234, 0).initial_seed() != 1234
+
+
+def test_the_defaults_are_those_of_the_command():
+    params = SamplingParams()
+    assert (params.max_new_tokens, params.temperature, params.top_k, params.top_p) == (64, 1.0, None, None)
+    assert params.seed == 1234 and not SamplingParams(temperature=LOWEST_TEMPERATURE).greedy
+    with pytest.raises(ConfigError, match="where=temperature; got=9e-06; want=0 .greedy., or finite and >= 1e-05"):
+        SamplingParams(temperature=9e-6)
+
+
+def test_the_more_likely_tokens_of_half_precision_are_drawn_in_single():
+    """Its softmax and sums would round: 4,096 equal tokens have a probability each that bf16 cannot add up."""
+    logits = torch.zeros(1, 4096, dtype=torch.bfloat16)
+    assert choose(logits, SamplingParams(temperature=0), []).tolist() == [0]
+    drawn = choose(logits.repeat(300, 1), SamplingParams(top_p=0.5), [prompt_generator(3, 0)] * 300)
+    assert drawn.dtype == torch.int64 and drawn.max() < 2048 and drawn.max() > 1900 and drawn.min() < 148
+
+
+def test_tokens_as_likely_as_the_last_one_of_top_k_stay():
+    logits = torch.tensor([[3.0, 1.0, 2.0, 2.0, 0.0]])
+    assert filter_logits(logits, 2, None).isfinite().tolist() == [[True, False, True, True, False]]
+    assert torch.equal(filter_logits(logits, 5, 1.0), logits) and torch.equal(filter_logits(logits, None, None), logits)
+    assert filter_logits(logits, 1, None).tolist() == [[3.0] + [-math.inf] * 4]
+
+
+def test_a_row_draws_from_its_own_stream():
+    logits = torch.zeros(2, 1000)
+    first, second = (choose(logits[:1], SamplingParams(), [prompt_generator(5, row)]).item() for row in (0, 1))
+    streams = [prompt_generator(5, 1), prompt_generator(5, 0)]
+    assert choose(logits, SamplingParams(), streams).tolist() == [second, first]
+    assert [choose(logits, SamplingParams(), streams).tolist() != [second, first]] == [True]  # they go on
+    with pytest.raises(ValueError, match="zip"):
+        choose(logits, SamplingParams(), streams[:1])

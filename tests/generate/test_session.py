@@ -118,3 +118,46 @@ def test_an_empty_history_starts_with_end_of_document(parts):
     session = Session(model, tokenizer, SamplingParams(3, 0.0), stops=[""])
     session.respond("", lambda text: None)
     assert session.history[0] == tokenizer.eod_id
+
+
+def test_leading_tokens_of_a_later_message_stay(parts, monkeypatch, tmp_path):
+    """Only a text at the beginning stands where the template's tokens are already."""
+    model, _ = parts
+    tokenizer = Tokenizer(write_tokenizer(tmp_path))
+    asked = []
+    monkeypatch.setattr(
+        "neox.generate.session.generate", lambda model, prompts, params, **_: asked.append(prompts[0]) or [[9]]
+    )
+    session = Session(model, tokenizer, SamplingParams(8, 0.0))
+    own = tokenizer.encode("<s>river")
+    for _ in range(2):
+        session.respond("<s>river", str)
+        session.respond("<s>river", str)
+        assert asked[-2:] == [own, [*own, 9, *own]]
+        session.reset()
+    session = Session(model, tokenizer, SamplingParams(8, 0.0), bos=False)
+    session.respond("<s>river", str)
+    session.respond("", str)
+    assert asked[-2:] == [own, [*own, 9]]  # no end of document where there is a history
+
+
+def test_an_answer_ends_with_the_first_of_several_stops(parts):
+    model, tokenizer = parts
+    whole = Session(model, tokenizer, SamplingParams(12, 0.0)).respond("so", str)
+    pieces: list[str] = []
+    session = Session(model, tokenizer, SamplingParams(12, 0.0), ["@@@", "", whole[2]])
+    answer = session.respond("so", pieces.append)
+    assert "".join(pieces) == answer and session.stops == ["@@@", whole[2]] and session.turns == 1
+    assert whole.startswith(answer) and whole[2] in answer and len(answer) < len(whole)
+
+
+def test_an_interrupted_answer_leaves_the_message_alone(parts):
+    model, tokenizer = parts
+    session = Session(model, tokenizer, SamplingParams(3, 0.0))
+
+    def fail(text: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        session.respond("so on", fail)
+    assert session.history == tokenizer.encode("so on") and session.turns == 0
