@@ -5,6 +5,7 @@ local task files.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ import torch
 from neox.config.schema import ModelConfig
 from neox.convert.huggingface import to_huggingface
 from neox.data.text.tokenizer import Tokenizer, train_tokenizer
-from neox.errors import ConfigError, DataError
+from neox.errors import ConfigError, DataError, EnvironmentProblem
 from neox.evaluate.harness import continuations, group_by_options, harness_model, prefix_token, run_tasks, sampling
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
+from tests.generate.sentencepiece import write_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra eval)")
 pytestmark = pytest.mark.usefixtures("without_launcher")
@@ -228,3 +230,124 @@ def test_options_of_generation():
     with pytest.raises(ConfigError, match="num_beams"):
         sampling({"num_beams": 4})
     assert group_by_options([{"a": 1}, {"a": 2}, {"a": 1}]) == [({"a": 1}, [0, 2]), ({"a": 2}, [1])]
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ('{"bos_token": "!"}', "!"),
+        ('{"bos_token": null}', None),
+        ('{"bos_token": "no such token"}', None),
+        ('{"bos_token": {"content": "a"}}', "a"),
+        ('{"bos_token": {}}', None),
+        ("{}", None),
+    ],
+)
+def test_the_prefix_of_every_form_of_settings(place, tmp_path, settings, found):
+    (tmp_path / "tokenizer.json").write_text((place / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    assert prefix_token(tokenizer) == (tokenizer.eod_id if found is None else tokenizer.token_id(found))
+
+
+def test_a_prefix_that_cannot_be_found(place, tmp_path):
+    (tmp_path / "tokenizer.json").write_text((place / "tokenizer.json").read_text())
+    for settings in ("[]", "{", "1"):
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+        with pytest.raises(ConfigError, match="cannot read the tokenizer's settings; where=.*tokenizer_config.json"):
+            prefix_token(Tokenizer(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").unlink()
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    end = content["added_tokens"][0]["content"]
+    (tmp_path / "tokenizer.json").write_text((place / "tokenizer.json").read_text().replace(end, "<other>"))
+    with pytest.raises(ConfigError, match=r"the tokenizer has no end-of-document token; where=.*tokenizer\.json"):
+        prefix_token(Tokenizer(tmp_path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, (256, 0.0, None, None, [])),
+        (
+            {"until": ["a", "b"], "max_new_tokens": 9, "max_gen_toks": 5, "max_tokens": 7},
+            (5, 0.0, None, None, ["a", "b"]),
+        ),
+        ({"max_tokens": 7, "until": None}, (7, 0.0, None, None, [])),
+        ({"max_gen_toks": 0, "max_tokens": 7, "num_beams": 1}, (7, 0.0, None, None, [])),
+        ({"temperature": 0.5, "top_k": 0, "top_p": 0}, (256, 0.5, None, None, [])),
+        ({"do_sample": True, "temperature": 0, "top_p": 0.5, "top_k": 2}, (256, 1.0, 2, 0.5, [])),
+        ({"do_sample": False, "temperature": 2.0, "until": "stop"}, (256, 0.0, None, None, ["stop"])),
+    ],
+)
+def test_what_a_task_asks_for(options, wanted):
+    params, stops = sampling(options)
+    assert (params.max_new_tokens, params.temperature, params.top_k, params.top_p, stops) == wanted
+    for unknown, said in ((("typical_p", "eta"), "eta, typical_p"), (("num_beams",), "num_beams")):
+        with pytest.raises(ConfigError, match=f"where=generation_kwargs; got={said}$"):
+            sampling(options | dict.fromkeys(unknown, 2))
+
+
+def test_requests_of_the_same_options_are_one_group():
+    options = [{"a": 1, "b": [2]}, {"b": [2], "a": 1}, {"a": 1}, {"a": "1"}]
+    assert group_by_options(options) == [(options[0], [0, 1]), (options[2], [2]), (options[3], [3])]
+    assert group_by_options([]) == []
+
+
+def test_run_tasks_passes_on_what_it_is_told(trained, place, monkeypatch):
+    model, tokenizer, _ = trained
+    told = {}
+
+    def evaluate(adapter, **options):
+        told.update(options)
+        return {"results": {"t": {}}, "versions": {}, "configs": {}, "n-shot": {"t": 2}}
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    options = {"task_files": str(place), "num_fewshot": 2, "limit": 3, "batch_size": 5}
+    found = run_tasks(model, tokenizer, ("local_blimp", "local_rolling"), **options)
+    assert found == {"results": {"t": {}}, "n-shot": {"t": 2}, "versions": {}}
+    assert (told["tasks"], told["num_fewshot"], told["limit"]) == (["local_blimp", "local_rolling"], 2, 3)
+    assert set(told["task_manager"].all_tasks) == set(TASKS) and told["log_samples"] is False
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda adapter, **options: None)  # of ranks above 0
+    assert run_tasks(model, tokenizer, ["local_blimp"], task_files=str(place)) == {}
+    for error in (OSError("gone"), ConnectionError("no network"), ValueError("bad")):
+
+        def fail(adapter, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(lm_eval, "simple_evaluate", fail)
+        with pytest.raises(
+            DataError, match=f"a task could not be evaluated; where=local_blimp; got={error}; do=without"
+        ):
+            run_tasks(model, tokenizer, ["local_blimp"], task_files=str(place))
+
+
+def test_the_adapter_names_the_tokens_of_the_tokenizer(trained, place, tmp_path):
+    model, tokenizer, _ = trained
+    adapter = harness_model(model, tokenizer, 2)
+    assert (adapter.eot_token_id, adapter.prefix_token_id) == (tokenizer.eod_id, tokenizer.eod_id)
+    assert adapter.tokenizer_name == tokenizer.file
+    (tmp_path / "tokenizer.json").write_text((place / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "a"}')
+    other = Tokenizer(tmp_path / "tokenizer.json")
+    adapter = harness_model(model, other, 2)
+    assert (adapter.eot_token_id, adapter.prefix_token_id) == (other.eod_id, other.token_id("a"))
+
+
+def test_a_template_is_applied_unless_the_text_begins_with_it(trained, tmp_path):
+    """As transformers' `hf` model of the harness does."""
+    model, *_ = trained
+    tokenizer = Tokenizer(write_tokenizer(tmp_path))
+    adapter = harness_model(model, tokenizer, 2)
+    plain = tokenizer.encode("river")
+    assert adapter.tok_encode("river") == adapter.tok_encode("river", add_special_tokens=True) == [1, *plain]
+    assert adapter.tok_encode("river", add_special_tokens=False) == plain
+    assert adapter.tok_encode("<s>river").count(1) == 1
+
+
+def test_a_missing_harness_says_how_to_install_it(trained, monkeypatch):
+    model, tokenizer, _ = trained
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(
+        EnvironmentProblem, match="lm-evaluation-harness is not installed; got=.*; do=pip install 'lm-eval=="
+    ):
+        run_tasks(model, tokenizer, ["x"])

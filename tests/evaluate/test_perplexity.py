@@ -156,3 +156,63 @@ def test_progress_counts_windows(model, dataset):
     seen = []
     evaluate(model, dataset, seq_length=3, batch_size=4, on_batch=lambda *done: seen.append(done))
     assert seen == [(4, 6), (6, 6)]  # 17 tokens
+
+
+def test_bytes_are_of_the_documents_that_were_read(model, dataset):
+    """And of more documents than there are, all; end-of-document tokens have none."""
+    found = [evaluate(model, dataset, seq_length=32, tokenizer=Letters(), max_documents=n) for n in (1, 2, 3, 4, 99)]
+    assert [(one.documents, one.tokens, one.bytes) for one in found] == [
+        (1, 4, 6),
+        (2, 5, 6),
+        (3, 15, 24),
+        (4, 17, 26),
+        (4, 17, 26),
+    ]
+    assert all(one.bits_per_byte == pytest.approx(one.loss * one.tokens / math.log(2) / one.bytes) for one in found)
+
+
+def test_documents_without_text_have_no_bits_per_byte(model, tmp_path):
+    with IndexedWriter(tmp_path / "ends", "uint16") as writer:
+        writer.add_document([0, 0])
+    found = evaluate(model, IndexedDataset(tmp_path / "ends"), seq_length=4, tokenizer=Letters())
+    assert (found.bytes, found.bits_per_byte, found.tokens) == (0, None, 2)
+
+
+def test_only_the_tokens_that_are_read_must_be_in_the_vocabulary(model, tmp_path):
+    with IndexedWriter(tmp_path / "d", "uint16") as writer:
+        for document in ([30, 0], [31, 0]):
+            writer.add_document(document)
+    data = IndexedDataset(tmp_path / "d")
+    assert evaluate(model, data, seq_length=4, max_documents=1).tokens == 2
+    with pytest.raises(DataError, match="got=31; want=0 <= id < 31"):
+        evaluate(model, data, seq_length=4)
+
+
+def test_a_loss_beyond_the_floats_has_the_largest_perplexity(model, dataset, monkeypatch):
+    monkeypatch.setattr(
+        "neox.evaluate.perplexity.token_losses", lambda model, inputs, targets: torch.where(targets < 0, 0.0, 1000.0)
+    )
+    found = evaluate(model, dataset, seq_length=7)
+    assert (found.loss, found.perplexity) == (1000.0, math.exp(700.0))
+
+
+@pytest.mark.parametrize(
+    ("seq_length", "batch_size", "wanted"),
+    [(17, 8, [(1, 1)]), (16, 1, [(1, 2), (2, 2)]), (1, 17, [(17, 17)]), (9, 2, [(2, 2)])],
+)
+def test_full_windows_leave_no_empty_one(model, dataset, seq_length, batch_size, wanted):
+    seen = []
+    evaluate(model, dataset, seq_length=seq_length, batch_size=batch_size, on_batch=lambda *done: seen.append(done))
+    assert seen == wanted
+
+
+def test_a_last_window_is_padded_with_the_first_context():
+    ((inputs, targets),) = windows(np.array([4, 5], dtype=np.uint16), 4, 7)
+    assert inputs.tolist() == [7, 4, 7, 7] and targets.tolist() == [4, 5, IGNORED, IGNORED]
+    assert inputs.dtype == targets.dtype == np.int64
+
+
+def test_models_without_positions_read_longer_windows(dataset):
+    sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 31}
+    config = ModelConfig(**sizes, max_position_embeddings=4, position_embedding="alibi")
+    assert evaluate(GPT(config, Mesh.single()), dataset, seq_length=17).tokens == 17

@@ -94,3 +94,63 @@ def test_sampled_texts_do_not_depend_on_the_batch(model):
 
     alone = texts(1)
     assert texts(2) == texts(4) == alone and len(set(alone)) == 4
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "wanted"),
+    [
+        ([], 2, []),
+        ([5], 2, [[0]]),
+        ([5, 5, 5, 5], 2, [[0, 1], [2, 3]]),
+        ([1, 9, 1, 9, 4], 2, [[1, 3], [4, 0], [2]]),
+        ([1, 2], 1, [[1], [0]]),
+    ],
+)
+def test_equal_lengths_keep_their_order_and_no_batch_is_empty(lengths, size, wanted):
+    assert list(batches(lengths, size)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "wanted"),
+    [
+        ("abcabc", ["c", "b"], ("a", True)),
+        ("abc", ["abc"], ("", True)),
+        ("abc", [], ("abc", False)),
+        ("", ["a"], ("", False)),
+        ("abab", ["ba", "ab"], ("", True)),
+        ("abc", ["c"], ("ab", True)),
+    ],
+)
+def test_the_earliest_of_all_stops_ends_a_text(text, stops, wanted):
+    assert truncate(text, stops) == wanted
+
+
+def test_windows_of_a_long_text_have_all_the_context_that_fits():
+    assert rolling_windows([1, 2, 3, 4, 5, 6, 7], 0, 3) == [
+        ([0], [1, 2, 3]),
+        ([3], [4, 5, 6]),
+        ([4, 5, 6], [7]),
+    ]
+    assert rolling_windows([1, 2, 3], 9, 3) == [([9], [1, 2, 3])] and rolling_windows([], 0, 3) == []
+    assert rolling_windows([1, 2], 0, 1) == [([0], [1]), ([1], [2])]
+
+
+def test_texts_end_at_the_end_of_document_too(model):
+    def decode(tokens: list[int]) -> str:
+        return ",".join(map(str, tokens))
+
+    prompts, params = [[1], [2, 3], [4]], SamplingParams(6, 0.0)
+    options = {"decode": decode, "stops": [], "batch_size": 2}
+    whole = complete(model, prompts, params, eod_id=None, **options)
+    end = int(whole[1].split(",")[2])
+    found = complete(model, prompts, params, eod_id={end}, **options)
+    for text, free in zip(found, whole, strict=True):
+        tokens = free.split(",")
+        until = tokens.index(str(end)) if str(end) in tokens else 6
+        assert text == ",".join(tokens[:until])
+
+
+def test_batches_are_reported_as_they_are_done(model):
+    seen = []
+    log_likelihoods(model, PAIRS, max_length=16, batch_size=2, on_done=seen.append)
+    assert seen == [2, 2, 1] and log_likelihoods(model, [], max_length=16, batch_size=2) == []
