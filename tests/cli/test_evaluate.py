@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
+from neox.cli import evaluate as cli
 from neox.cli.main import main
 from neox.config.schema import ModelConfig
 from neox.data.store.indexed import IndexedDataset, IndexedWriter
 from neox.data.text.tokenizer import Tokenizer, train_tokenizer
-from neox.evaluate.perplexity import evaluate
+from neox.evaluate.perplexity import Perplexity, evaluate
 from neox.generate.generate import load_model
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
@@ -144,3 +148,100 @@ def test_data_or_tasks(place, capsys):
     assert "--data PREFIX and --tasks A,B" in capsys.readouterr().err
     assert call("--checkpoint", place / "run", "--tasks", "x", "--task-files", place / "none") == 2
     assert "error[2] no such folder; where=--task-files" in capsys.readouterr().err
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What the functions behind the command are told."""
+    calls = {}
+
+    def note(name, result):
+        def function(*arguments, **options):
+            calls[name] = (arguments, options)
+            return result
+
+        monkeypatch.setattr(cli, name, function)
+
+    note("load_model", "model")
+    note("evaluate", Perplexity(1.25, 3.490343, None, 1000, None, 1))
+    note("run_tasks", {"results": {"t": {"acc,none": 0.5}}, "other": torch.float32})
+    return calls
+
+
+def test_options_reach_the_evaluation(place, told, capsys):
+    options = ["--seq-length", 7, "--batch-size", 3, "--max-documents", 2, "--dtype", "bf16"]
+    assert call("--checkpoint", place / "run", "--data", place / "text", *options) == 0
+    (model, dataset), found = told["evaluate"]
+    assert (model, dataset.prefix) == ("model", str(place / "text"))
+    tokenizer, progress = found.pop("tokenizer"), found.pop("on_batch")
+    assert found == {"seq_length": 7, "batch_size": 3, "max_documents": 2}
+    assert tokenizer.file == str(place / "tokenizer.json") and progress is cli.show_progress
+    assert told["load_model"][1] == {"dtype": torch.bfloat16, "mesh": Mesh.single("cpu")}
+    checkpoint = place / "run" / "checkpoints" / "step_00000001"
+    assert capsys.readouterr().out == (
+        f"{checkpoint} on {place / 'text'}: 1 document, 1,000 tokens\nloss 1.2500  perplexity 3.490\n"
+    )
+    assert call("--checkpoint", place / "run", "--data", place / "text", "--json") == 0
+    found = told["evaluate"][1]
+    assert (found["seq_length"], found["batch_size"], found["max_documents"]) == (32, 8, None)
+    assert told["load_model"][1]["dtype"] == torch.float32
+    assert json.loads(capsys.readouterr().out) == {
+        "loss": 1.25,
+        "perplexity": 3.490343,
+        "bits_per_byte": None,
+        "tokens": 1000,
+        "bytes": None,
+        "documents": 1,
+    }
+
+
+def test_options_reach_the_tasks(place, told, tmp_path, capsys):
+    options = ["--num-fewshot", 0, "--limit", 4, "--batch-size", 5, "--task-files", tmp_path, "--dtype", "bf16"]
+    assert call("--checkpoint", place / "run", "--tasks", "a, b,,c", *options, "--json") == 0
+    (model, tokenizer, names), found = told["run_tasks"]
+    assert (model, names, tokenizer.file) == ("model", ["a", "b", "c"], str(place / "tokenizer.json"))
+    assert found == {"task_files": str(tmp_path), "num_fewshot": 0, "limit": 4, "batch_size": 5}
+    assert told["load_model"][1]["dtype"] == torch.bfloat16
+    assert json.loads(capsys.readouterr().out)["other"] == "torch.float32"
+    assert call("--checkpoint", place / "run", "--tasks", "a") == 0
+    assert told["run_tasks"][1] == {"task_files": None, "num_fewshot": None, "limit": None, "batch_size": 8}
+    assert capsys.readouterr().out.splitlines()[1].split() == ["t", "acc", "0.5000"]
+
+
+@pytest.mark.parametrize("arguments", [["--data", "text"], ["--tasks", "a"]])
+def test_other_processes_print_nothing(place, told, monkeypatch, capsys, arguments):
+    monkeypatch.setattr(cli, "join_layout", lambda args, config: replace(Mesh.single("cpu"), rank=1, pp=2))
+    monkeypatch.chdir(place)
+    for more in ([], ["--json"]):
+        assert call("--checkpoint", place / "run", *arguments, *more) == 0
+        assert capsys.readouterr().out == ""
+    assert "evaluate" not in told or told["evaluate"][1]["on_batch"] is None
+
+
+def test_the_table_of_tasks():
+    results = {
+        "long_name": {
+            "alias": "x",
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.25,
+            "ppl,strict": 12.0,
+            "ppl_stderr,strict": "N/A",
+        },
+        "b": {"acc,none": 1, "acc_stderr,other": 0.5, "samples": 3, "text,none": "no number"},
+    }
+    assert cli.table(results, {"long_name": {"effective": 70}}).splitlines() == [
+        "task       metric  value    stderr  questions",
+        "long_name  acc     0.5000   0.2500  70",
+        "long_name  ppl     12.0000          70",
+        "b          acc     1.0000",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_for_terminals(monkeypatch, terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", stream)
+    cli.show_progress(1, 2)
+    cli.show_progress(2, 2)
+    assert stream.getvalue() == ("\r1/2 windows\r2/2 windows\n" if terminal else "")
