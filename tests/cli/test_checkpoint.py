@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 
-from neox.checkpoint.manifest import Lineage
+from neox.checkpoint.manifest import Lineage, read_manifest
 from neox.checkpoint.reader import Checkpoint
 from neox.checkpoint.verify import digest
+from neox.cli import checkpoint as cli
 from neox.cli.main import main
+from neox.errors import CheckpointError
 from tests.checkpoint.builders import make_state, save_one
 
 
@@ -171,3 +173,79 @@ def test_convert_keeps_integers_and_drops_what_belongs_to_a_process(tmp_path):
         assert checkpoint.manifest.config_lock == "train: {seed: 1}\n"
         assert checkpoint.rng(0) == {}
     assert main([*arguments[:-2], str(tmp_path / "x"), "--shard-gb", "1048576"]) == 2
+
+
+def test_every_fact_of_a_checkpoint(tmp_path, capsys):
+    path = save_one(tmp_path, 9, layout={"tp": 1}, shard_bytes=100)
+    about = cli.describe(path, read_manifest(path))
+    shards = list(path.glob("*.safetensors"))
+    assert (about["path"], about["lineage"], about["generation"], about["resumed_from"]) == (
+        str(path),
+        "ab" * 16,
+        0,
+        None,
+    )
+    assert (about["world_size"], about["layout"], about["files"]) == (1, {"tp": 1}, len(shards)) and len(shards) > 2
+    assert about["bytes"] == sum(shard.stat().st_size for shard in shards)
+    assert list(about["tensors"]) == sorted({name for name, _ in make_state()})  # no states of generators
+    assert list(about["tensors"]["layers.0.norm1.bias"]) == ["count", "exp_avg", "exp_avg_sq", "weight"]
+    assert about["tensors"]["scale"]["weight"] == {"dtype": "F32", "shape": [], "bytes": 4}
+    assert about["tensors"]["layers.0.norm1.bias"]["count"] == {"dtype": "I64", "shape": [7], "bytes": 56}
+    assert main(["checkpoint", "inspect", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "step          9" in lines and f"path          {path}" in lines and "resumed_from  null" in lines
+    assert "  scale  exp_avg F32[]  weight F32[]" in lines[lines.index("tensors") :]
+
+
+def test_verify_in_words_and_json(tmp_path, capsys):
+    old, path = (save_one(tmp_path / "checkpoints", step) for step in (8, 9))
+    size = sum(shard.stat().st_size for shard in path.glob("*.safetensors"))
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 0
+    tensors = len(read_manifest(path).tensors)
+    assert capsys.readouterr().out == f"good: {path}: 1 shard, {size} bytes, {tensors} tensors\n"
+    assert main(["checkpoint", "verify", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(path), "good": True, "problems": []}
+    (old / "manifest.json").write_bytes(b"{}")
+    assert main(["checkpoint", "verify", str(tmp_path), "--json"]) == 4
+    found = json.loads(capsys.readouterr().out)
+    assert (found["path"], found["good"], len(found["problems"])) == (str(path), False, 1)
+    assert found["problems"][0]["what"] == "not a manifest" and str(old) in found["problems"][0]["where"]
+
+
+def test_hashes_as_json_and_lines(tmp_path, capsys):
+    path = save_one(tmp_path)
+    assert main(["checkpoint", "hash", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == digest(path) and all(len(value) == 64 for value in found.values())
+    assert main(["checkpoint", "hash", str(path)]) == 0
+    assert capsys.readouterr().out == "".join(f"{value}  {key}\n" for key, value in found.items())
+
+
+def test_what_a_converted_checkpoint_keeps(tmp_path, capsys):
+    """The states of one process; of several neither their layout nor their generators."""
+    path = save_one(tmp_path / "c", 9, layout={"tp": 1}, content={"step": 9, "x": 1})
+    assert main(["checkpoint", "convert", str(tmp_path), "--out", str(tmp_path / "x")]) == 4
+    assert main(["checkpoint", "convert", str(tmp_path / "c"), "--out", str(tmp_path / "new")]) == 0
+    new = tmp_path / "new" / path.name
+    size = sum(shard.stat().st_size for shard in new.glob("*.safetensors"))
+    assert capsys.readouterr().out == f"wrote {new}: 1 file, {size} bytes\n"
+    with Checkpoint(new) as made, Checkpoint(path) as old:
+        assert (made.state, made.layout, made.step) == ({"step": 9, "x": 1}, {"tp": 1}, 9)
+        assert (made.config_lock, made.model_config) == (old.config_lock, old.model_config)
+        assert made.manifest.lineage.id != old.manifest.lineage.id  # nothing that was resumed from it is its successor
+        for name in old.names():
+            assert made.kinds(name) == old.kinds(name)
+            assert all(made.tensor(name, kind).dtype == old.tensor(name, kind).dtype for kind in old.kinds(name))
+
+
+def test_a_shard_holds_as_many_bytes_as_it_is_told(tmp_path, monkeypatch):
+    path, told = save_one(tmp_path / "c", 9), []
+
+    def note(*arguments, **options):
+        told.append(options["shard_bytes"])
+        raise CheckpointError("enough")
+
+    monkeypatch.setattr(cli, "save", note)
+    for words in ([], ["--shard-gb", "0.5"], ["--shard-gb", "1e-12"]):
+        assert main(["checkpoint", "convert", str(path), "--out", str(tmp_path / "x"), *words]) == 4
+    assert told == [4 << 30, 1 << 29, 1]

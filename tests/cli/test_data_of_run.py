@@ -6,13 +6,17 @@ import json
 import os
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
+from neox.cli.data_of_run import layout_of
 from neox.cli.main import main
 from neox.config.load import load_config
+from neox.data.samples.batch_layout import BatchLayout
 from neox.data.samples.builder import build_datasets
 from neox.data.samples.loader import Loader
+from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
 from neox.train.loop import train
@@ -159,3 +163,92 @@ def test_wrong_questions(run, tmp_path, capsys):
     ):
         assert main(["data", *map(str, arguments)]) == 2
         assert what in capsys.readouterr().err
+
+
+def provenance(batch: int, recorded: int | None, micro: int | None, accumulation: int | None, sizes=(1, 1, 1)):
+    """What is known of a run whose step 2 has `batch` samples."""
+    tensor, pipeline, context = sizes
+    parallel = SimpleNamespace(tensor=tensor, pipeline=pipeline, context=context)
+    train = SimpleNamespace(micro_batch_size=micro, gradient_accumulation=accumulation)
+    span = SimpleNamespace(config=SimpleNamespace(parallel=parallel, train=train), world_size=recorded)
+    return SimpleNamespace(run="r", config_span={2: span}.__getitem__, span={2: (batch, 2 * batch)}.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("known", "asked", "wanted"),
+    [
+        ((8, 2, 2, None), None, BatchLayout(2, 2)),
+        ((8, 2, 2, None), 4, BatchLayout(2, 4)),  # the one that is asked for
+        ((8, None, 2, 2), None, BatchLayout(2, 2)),  # from the batch
+        ((8, 1, None, 2), None, BatchLayout(4, 1)),
+        ((8, 2, None, None), None, BatchLayout(4, 2)),
+        ((8, 2, None, 4), None, BatchLayout(1, 2)),
+        ((8, 24, 2, None, (2, 3, 2)), None, BatchLayout(2, 2, 2, 2)),
+    ],
+)
+def test_the_layout_of_a_batch(known, asked, wanted):
+    assert layout_of(provenance(*known), 2, asked) == wanted
+
+
+@pytest.mark.parametrize(
+    ("known", "asked", "message"),
+    [
+        (
+            (8, None, 2, None),
+            None,
+            "the number of processes is unknown; where=r; got=no checkpoint; do=give --world-size",
+        ),
+        ((8, None, None, 2), None, "the number of processes is unknown"),
+        ((8, 3, 2, None), None, "got=batch 8, micro-batch 2, 3 data-parallel processes"),
+        ((9, 1, 2, None), None, "got=batch 9, micro-batch 2, 1 data-parallel processes"),
+        ((2, None, 2, 2), None, "got=batch 2, micro-batch 2, 0 data-parallel processes"),
+        ((2, 4, None, None), None, "got=batch 2, micro-batch 0, 4 data-parallel processes"),
+    ],
+)
+def test_processes_that_cannot_share_a_batch(known, asked, message):
+    with pytest.raises(ConfigError, match=message):
+        layout_of(provenance(*known), 2, asked)
+
+
+def test_a_step_in_every_detail(run, capsys):
+    """Each row as the layout distributes it, its pieces from their first token to their last."""
+    found = said(capsys, "which", "--run", run / "run", "--step", 6, "--world-size", 2)
+    assert (
+        found["step"] == 6
+        and [set(row) for row in found["rows"]] == [{"sample", "micro_batch", "dp_rank", "row", "pieces"}] * 8
+    )
+    places = [(row["sample"], row["micro_batch"], row["dp_rank"], row["row"]) for row in found["rows"]]
+    assert places == [(40 + i, i // 4, i // 2 % 2, i % 2) for i in range(8)]
+    assert main(["data", "which", "--run", str(run / "run"), "--step", "6", "--world-size", "2", "--rank", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    wanted = ["step 6: samples 40 to 47"]
+    for row in found["rows"]:
+        if row["dp_rank"] == 1:
+            where = f"data-parallel rank 1, micro-batch {row['micro_batch']}, row {row['row']}"
+            wanted.append(f"sample {row['sample']}: {where}")
+            wanted += [
+                f"  {part['source']} document {part['document']:,} tokens {part['offset']:,} to "
+                f"{part['offset'] + part['tokens'] - 1:,}"
+                for part in row["pieces"]
+            ]
+    assert lines == wanted
+    for rank, code in ((1, 0), (2, 2)):
+        words = ["data", "which", "--run", str(run / "run"), "--step", "1", "--world-size", "2", "--rank", str(rank)]
+        assert main(words) == code
+    assert "no such rank; where=--rank; got=2; want=0 to 1" in capsys.readouterr().err
+
+
+def test_a_document_in_words(run, capsys):
+    words = ["which", "--run", run / "run", "--document", 0, "--source", f"{run}/train"]
+    found = said(capsys, *words)
+    assert (found["source"], found["document"]) == (f"{run}/train", 0)
+    steps = [row["step"] for row in found["steps"]]
+    assert main(["data", *map(str, words)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    count = "no step" if not steps else "1 step" if len(steps) == 1 else f"{len(steps)} steps"
+    assert lines[0] == f"{run}/train document 0: {count} of 6 read it"
+    assert lines[1:] == [
+        f"  step {row['step']}: samples {', '.join(map(str, row['samples']))}" for row in found["steps"]
+    ]
+    assert main(["data", "which", "--run", str(run / "run"), "--document", "0", "--source", "x"]) == 2
+    assert f"got=x; want=one of {run}/train, {run}/valid" in capsys.readouterr().err

@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from neox.cli import preprocess as cli
 from neox.cli.main import main
 from neox.data.store.indexed import IndexedDataset
+from neox.data.text.chat import ChatEncoding, ChatSummary
+from neox.data.text.encoding import Encoding
+from neox.data.text.input_files import FOLDER_SUFFIXES
+from neox.data.text.preprocess import Options, Summary
 from neox.data.text.tokenizer import train_tokenizer
 
 
@@ -268,3 +273,117 @@ def test_a_bad_line_under_worker_processes_is_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 3 and done.stderr.startswith("error[3] bad line; where=a.jsonl:1")
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What the functions behind the command are told."""
+    calls = {}
+
+    def note(name, result):
+        def function(*arguments):
+            calls[name] = arguments
+            return result
+
+        monkeypatch.setattr(cli, name, function)
+
+    note("find_files", ["f"])
+    note("preprocess", Summary("out", "uint16", 1))
+    note("preprocess_chat", ChatSummary("out", "uint16", 1))
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 3, 5})
+    return calls
+
+
+SHORT = ["preprocess", "--input", "a", "b", "--tokenizer", "t.json", "--out", "o"]
+
+
+def test_the_defaults_of_text(told):
+    assert main(SHORT) == 0
+    assert told["find_files"] == (["a", "b"], tuple(FOLDER_SUFFIXES))
+    assert told["preprocess"] == (["f"], "o", Encoding("t.json"), Options(3, "fail", False, False), None)
+    assert "preprocess_chat" not in told
+
+
+def test_options_of_text_reach_the_encoding(told):
+    options = ["--suffix", ".x", "--suffix", ".y", "--format", "txt", "--json-key", "body", "--no-append-eod"]
+    options += ["--eod-token", "<e>", "--prepend-bos", "--bos-token", "<b>", "--special-tokens", "text"]
+    options += ["--workers", "0", "--bad-lines", "skip", "--overwrite", "--resume", "--json"]
+    assert main([*SHORT, *options]) == 0
+    assert told["find_files"] == (["a", "b"], (".x", ".y"))
+    _, _, encoding, how, _ = told["preprocess"]
+    assert how == Options(0, "skip", True, True)
+    assert encoding == Encoding(
+        tokenizer="t.json",
+        eod_token="<e>",
+        append_eod=False,
+        json_key="body",
+        specials_as_text=True,
+        form="txt",
+        prepend_bos=True,
+        bos_token="<b>",
+    )
+
+
+def test_options_of_conversations_reach_the_encoding(told, tmp_path):
+    (tmp_path / "template").write_text("{{ messages }}")
+    chat = ["--chat", "--chat-template", str(tmp_path / "template"), "--workers", "2", "--overwrite"]
+    assert main([*SHORT, *chat]) == 0
+    template = "{{ messages }}"
+    wanted = ChatEncoding("t.json", None, template, ("messages",), True, False, "auto")
+    assert told["preprocess_chat"] == (["f"], "o", wanted, Options(2, "fail", True, False), None)
+    more = ["--eod-token", "<e>", "--no-append-eod", "--last-only", "--format", "jsonl"]
+    assert main([*SHORT, *chat, *more, "--json-key", "talk"]) == 0
+    assert told["preprocess_chat"][2] == ChatEncoding("t.json", "<e>", template, ("talk",), False, True, "jsonl")
+    assert main([*SHORT, *chat, *more, "--pairs"]) == 0
+    assert told["preprocess_chat"][2].keys == ("chosen", "rejected") and "preprocess" not in told
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "do"),
+    [
+        (["--pairs"], "--pairs", "add --chat"),
+        (["--last-only"], "--last-only", "add --chat"),
+        (["--chat-template", "x"], "--chat-template", "add --chat"),
+        (["--bos-token", "x"], "--bos-token", "add --prepend-bos"),
+        (["--chat", "--resume"], "--resume", "leave it out"),
+        (["--chat", "--special-tokens", "text"], "--special-tokens text", "leave it out, because the chat template"),
+        (["--chat", "--prepend-bos"], "--prepend-bos", "leave it out, because the chat template"),
+        (["--chat", "--bos-token", "x"], "--bos-token", "leave it out, because the chat template"),
+    ],
+)
+def test_options_without_the_one_that_they_need(told, capsys, options, where, do):
+    assert main([*SHORT, *options]) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"where={where}; do={do}" in error and (error.endswith("leave it out") or do != "leave it out")
+
+
+def test_workers_get_large_pages_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    with pytest.raises(KeyError), cli.large_pages():
+        assert os.environ["GLIBC_TUNABLES"] == cli.LARGE_PAGES
+        raise KeyError
+    assert "GLIBC_TUNABLES" not in os.environ
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    with cli.large_pages():
+        assert os.environ["GLIBC_TUNABLES"] == ""
+    assert os.environ["GLIBC_TUNABLES"] == ""
+
+
+def test_a_summary_in_words():
+    summary = ChatSummary("out", "int32", 2, 3000, 40_000, 2_500_000, 1, 2, 1003, seconds=2.0, encoder="native")
+    summary.learned, summary.quarantine = 500, "q"
+    summary.bad_reasons = {"not JSON": 1000, "no key": 3}
+    summary.bad_examples = [{"where": "a:3", "reason": "no key 'x'"}]
+    assert cli.report(summary).splitlines() == [
+        "out: 3,000 documents, 40,000 tokens (int32) from 2 files",
+        "2.5 MB in 2.0 s: 1.2 MB/s, encoder: native",
+        "left out: 1,003 bad, 1 blank, 2 empty",
+        "learned: 500 of 40,000 tokens",
+        "  3 x no key",
+        "  1,000 x not JSON",
+        "  a:3: no key 'x'",
+        "bad lines are stored in q",
+    ]
+    assert cli.progress_line(summary) == "3,000 documents, 40,000 tokens, 2 MB (1.2 MB/s), 1,003 bad"
+    assert cli.progress_line(Summary("o", "d", 1, text_bytes=10**6)).startswith("0 documents, 0 tokens, 1 MB (1000")
+    assert cli.report(Summary("o", "uint16", 1)).count("\n") == 2

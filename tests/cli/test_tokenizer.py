@@ -6,8 +6,11 @@ import json
 
 import pytest
 
+from neox.cli import tokenizer as cli
 from neox.cli.main import main
+from neox.data.text.reading import BadLine
 from neox.data.text.tokenizer import Tokenizer
+from neox.errors import DataError
 
 
 @pytest.fixture
@@ -68,3 +71,53 @@ def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit):
         main(["tokenizer", "train", "--help"])
     assert "example: neox tokenizer train" in capsys.readouterr().out
+
+
+def test_options_reach_the_training(folder, monkeypatch, capsys):
+    told = {}
+
+    def train(texts, size, out, **options):
+        told.update(options, texts=list(texts), size=size, out=out)
+        return Tokenizer(made)
+
+    assert call(folder, "--vocab-size", "262", "--bad-lines", "skip") == 0
+    made = str(folder / "t.json")
+    capsys.readouterr()
+    monkeypatch.setattr(cli, "train_tokenizer", train)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+    options = ["--overwrite", "--special-token", "<a>", "--special-token", "<b>", "--json-key", "body"]
+    assert call(folder, "--vocab-size", "300", *options, "--suffix", ".jsonl", "--bad-lines", "skip") == 0
+    assert told == {
+        "texts": ["no text"],
+        "size": 300,
+        "out": made,
+        "eod_token": "<|endoftext|>",
+        "special_tokens": ["<a>", "<b>"],
+        "show_progress": False,
+    }
+    assert capsys.readouterr().out == (
+        f"{made}: 262 tokens from 1 file, <|endoftext|> is 0\nthe text gave only 262 of the 300 requested tokens\n"
+    )
+    assert call(folder, "--vocab-size", "262", "--overwrite", "--format", "txt", "--bad-lines", "skip") == 0
+    assert len(told["texts"]) == 2 and told["texts"][0].startswith('{"text"') and told["special_tokens"] == []
+    assert "requested" not in capsys.readouterr().out
+
+
+def test_documents_of_every_line_and_the_first_bad_one(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{oops}\n{"text": "two"}\n[]\n{"text": "three"}\n')
+    files = [str(tmp_path / "a.jsonl")]
+    assert list(cli.documents(files, "text", "skip")) == ["one", "two", "three"]
+    with pytest.raises(DataError, match=r"bad line; where=.*a\.jsonl:2; got=not JSON.*; do=fix the input, or pass"):
+        list(cli.documents(files, "text", "fail"))
+    bad = BadLine("a.gz", 0, "cut short", b"")
+    monkeypatch.setattr(cli, "read_blocks", lambda files, form: [[bad]])
+    with pytest.raises(DataError, match=r"bad file; where=a\.gz; got=cut short"):
+        list(cli.documents(files, "text", "fail"))
+    assert list(cli.documents(files, "text", "skip")) == []
+
+
+def test_a_link_to_nowhere_is_not_overwritten(folder, capsys):
+    (folder / "t.json").symlink_to(folder / "nowhere")
+    assert call(folder, "--vocab-size", "262", "--bad-lines", "skip") == 3
+    assert "do=choose another --out, or pass --overwrite" in capsys.readouterr().err
+    assert not (folder / "nowhere").exists()
