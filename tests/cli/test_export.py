@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ from neox.checkpoint.retention import start_lineage
 from neox.checkpoint.save import Content, save
 from neox.cli import export
 from neox.cli.main import main
-from neox.config.schema import Config
+from neox.config.schema import Config, SpecialIds
 from neox.config.values import dump
+from neox.errors import ConfigError, DiskError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from tests.gpt_neox_tokenizer import write_gpt_neox_tokenizer
@@ -158,3 +162,94 @@ def test_model_that_no_architecture_holds(tmp_path, capsys):
     assert "position_embedding=alibi" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_is_synced_before_it_appears(tmp_path, monkeypatch):
+    stage, synced = export.make_stage(tmp_path / "deep" / "out"), []
+    assert stage.parent == tmp_path / "deep" and stage.name.startswith(".out-") and stage.is_dir()
+    (stage / "a").write_text("x")
+    (stage / "b").write_text("y")
+    fsync = os.fsync
+
+    def note(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    (tmp_path / "deep" / "out").mkdir()  # an empty folder is replaced
+    count = len(os.listdir("/proc/self/fd"))
+    export.publish(stage, tmp_path / "deep" / "out")
+    assert sorted(synced[:-1]) == [f"{stage}/a", f"{stage}/b"] and synced[-1] == str(stage)
+    assert os.listdir(tmp_path / "deep") == ["out"] and len(os.listdir("/proc/self/fd")) == count
+    assert stat.S_IMODE((tmp_path / "deep" / "out").stat().st_mode) == 0o755
+    stage = export.make_stage(tmp_path / "deep" / "out")
+    with pytest.raises(DiskError, match="export cannot be written; where=.*/deep/out; got=.*not empty"):
+        export.publish(stage, tmp_path / "deep" / "out")
+
+
+def test_the_tokenizer_of_the_command_line_wins(tmp_path):
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("{}")
+    a, b = str(tmp_path / "a.json"), str(tmp_path / "b.json")
+    config = Config(model={"vocab_size": 10}, tokenizer={"file": a})
+    for options, wanted in (((None, False), a), ((b, False), b), ((b, True), None)):
+        args = argparse.Namespace(tokenizer=options[0], no_tokenizer=options[1])
+        assert export.tokenizer_file(args, config) == (None if wanted is None else Path(wanted))
+    with pytest.raises(ConfigError, match="tokenizer file is missing; where=.*c.json; do=start in the working folder"):
+        export.tokenizer_file(argparse.Namespace(tokenizer=str(tmp_path / "c.json"), no_tokenizer=False), config)
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_a_file_or_a_link_is_not_replaced(run_folder, tmp_path, capsys, file):
+    out = tmp_path / "out"
+    out.write_text("x") if file else out.mkdir()
+    code = call("--checkpoint", run_folder, "--out", out, "--no-tokenizer", "--no-check")
+    assert code == (4 if file else 0)
+    shown = capsys.readouterr()
+    if file:
+        assert "export would overwrite files" in shown.err and out.read_text() == "x"
+    else:
+        assert shown.out == f"wrote {out}\n" and (out / "config.json").is_file()
+
+
+def test_what_the_writer_and_the_comparison_are_told(tmp_path, monkeypatch, capsys):
+    """Weights of the run's dtype, the tokenizer, its end and the ids that an import recorded; a loss of precision is
+    compared too.
+    """
+    write_checkpoint(tmp_path / "run", str(write_gpt_neox_tokenizer(tmp_path / "t.json")), 323, dtype="bf16")
+    told, compared = [], []
+    ids = SpecialIds(bos=1, eos=2)
+    config = Config(
+        model={**MODEL, "vocab_size": 323},
+        tokenizer={"file": str(tmp_path / "t.json"), "eod_token": "<|padding|>", "special_ids": ids},
+        precision={"dtype": "bf16"},
+    )
+    monkeypatch.setattr(export, "loads", lambda text: config)
+
+    def write(model_config, weights, stage, **options):
+        told.append((model_config, dict(weights), options))
+        (stage / "x").write_text("")
+
+    monkeypatch.setattr(export, "to_huggingface", write)
+    monkeypatch.setattr(export, "compare", lambda stage, model: compared.append(model) or 5e-5)
+    out = tmp_path / "out"
+    assert call("--checkpoint", tmp_path / "run", "--out", out) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"wrote {out}; logits differ from those of transformers by at most 5e-05"
+    )
+    ((model_config, weights, options),) = told
+    assert model_config == config.model and options == {
+        "tokenizer_file": tmp_path / "t.json",
+        "eod_token": "<|padding|>",
+        "dtype": torch.bfloat16,
+        "special_ids": ids,
+    }
+    for name, weight in compared[0].logical_weights():
+        assert torch.equal(weight, weights[name].bfloat16().float()) and weights[name].dtype == torch.float32
+    monkeypatch.setattr(export, "compare", lambda stage, model: 1e-4)  # the tolerance itself
+    assert call("--checkpoint", tmp_path / "run", "--out", tmp_path / "b", "--dtype", "fp32", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
+        "out": str(tmp_path / "b"),
+        "max_logit_difference": 1e-4,
+    }
+    assert told[1][2]["dtype"] == torch.float32

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -14,8 +17,10 @@ from neox.cli import importer
 from neox.cli.generate import run_tokenizer
 from neox.cli.main import main
 from neox.config.load import load_config, loads
-from neox.config.schema import SpecialIds
+from neox.config.schema import ModelConfig, SpecialIds, TokenizerConfig
 from neox.convert.huggingface import from_huggingface, to_huggingface
+from neox.data.text.tokenizer import Tokenizer
+from neox.errors import CheckpointError, ConfigError
 from neox.generate.generate import generate, load_model
 from neox.generate.sampling import SamplingParams
 from tests.config.gpt_neox.sample_files import BASE, flow_text
@@ -212,3 +217,113 @@ def test_errors_name_why_an_import_fails(folder, tmp_path, capsys):
     ):
         assert said in line
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("positions", "dtype", "length", "precision"),
+    [
+        (64, torch.bfloat16, 64, "bf16"),
+        (2048, torch.float16, 2048, "fp16"),
+        (4096, torch.float32, 2048, "fp32"),
+        (2049, torch.float64, 2048, "fp32"),
+    ],
+)
+def test_the_config_of_a_run_that_goes_on(tmp_path, positions, dtype, length, precision):
+    model = ModelConfig(vocab_size=9, max_position_embeddings=positions)
+    weights = {"a": SimpleNamespace(dtype=dtype), "b": SimpleNamespace(dtype=torch.int8)}
+    tokenizer = TokenizerConfig(file="t.json", eod_token="<e>")
+    config = importer.run_config(model, weights, tokenizer, tmp_path / "out")
+    assert (config.model, config.tokenizer, config.run.dir) == (model, tokenizer, str(tmp_path / "out"))
+    assert (config.data.seq_length, config.precision.dtype, config.train.micro_batch_size) == (length, precision, 1)
+
+
+@pytest.mark.parametrize(
+    ("known", "ids", "wanted"),
+    [
+        (0, {"eos": 5}, None),
+        (None, {"eos": 5}, "<5>"),
+        (None, {"eos": (9, 5, 6)}, "<5>"),
+        (None, {"eos": 9, "stop": (8, 6)}, "<6>"),
+        (None, {"stop": (6,)}, "<6>"),
+        (None, {"eos": 0}, "<0>"),
+        (None, {"bos": 5, "pad": 6}, None),
+    ],
+)
+def test_the_end_of_a_document_is_the_first_id_that_stops(known, ids, wanted):
+    texts = {0: "<0>", 5: "<5>", 6: "<6>"}
+    tokenizer = SimpleNamespace(eod_id=known, token_text=texts.get)
+    assert importer.end_token(tokenizer, SpecialIds(**ids)) == wanted
+
+
+def test_where_a_tokenizer_is_looked_for(tmp_path):
+    args = argparse.Namespace(tokenizer=None)
+    assert importer.tokenizer_of(args, tmp_path) is None
+    for name in ("tokenizer.json", "mine.json"):
+        (tmp_path / name).write_text("")
+    assert importer.tokenizer_of(args, tmp_path) == tmp_path / "tokenizer.json"
+    args.tokenizer = str(tmp_path / "mine.json")
+    assert importer.tokenizer_of(args, tmp_path) == tmp_path / "mine.json"
+    args.tokenizer = str(tmp_path / "gone.json")
+    with pytest.raises(ConfigError, match="tokenizer file is missing; where=--tokenizer; got=.*gone.json"):
+        importer.tokenizer_of(args, tmp_path)
+
+
+def test_a_tokenizer_of_exactly_the_vocabulary_is_copied_with_its_settings(tmp_path):
+    source, stage = tmp_path / "source", tmp_path / "stage"
+    stage.mkdir()
+    size = Tokenizer(write_tokenizer(source)).vocab_size
+    (source / "chat_template.jinja").write_text("x")
+    (source / "other.json").write_text("x")
+    args = argparse.Namespace(tokenizer=None)
+
+    def config(vocab_size, file="t"):
+        return SimpleNamespace(model=SimpleNamespace(vocab_size=vocab_size), tokenizer=SimpleNamespace(file=file))
+
+    importer.copy_tokenizer(args, source, config(size, None), stage)
+    with pytest.raises(
+        ConfigError, match=f"tokenizer ids exceed the vocabulary; where=.*; got={size}; want=at most {size - 1}"
+    ):
+        importer.copy_tokenizer(args, source, config(size - 1), stage)
+    assert list(stage.iterdir()) == []
+    importer.copy_tokenizer(args, source, config(size), stage)
+    assert sorted(path.name for path in stage.iterdir()) == [
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert (stage / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_what_an_import_reports(folder, tmp_path, capsys, monkeypatch):
+    """Its parameters, and the largest difference, also where it is as large as it may be."""
+    (tmp_path / "ours").mkdir()  # an empty folder is replaced
+    monkeypatch.setattr(importer, "compare", lambda source, model, tokens: 1e-4 if source == folder else math.nan)
+    assert call("--from", folder, "--out", tmp_path / "ours") == 0
+    _, weights = from_huggingface(folder)
+    count = sum(weight.numel() for weight in weights.values())
+    shown = capsys.readouterr()
+    assert shown.out == f"wrote {tmp_path / 'ours'}: {count:,} parameters; max logit difference 0.0001\n"
+    assert shown.err == "note: the import has no tokenizer; generate, evaluate and export take --tokenizer FILE\n"
+    assert call("--from", folder, "--out", tmp_path / "b", "--json", "--no-check") == 0
+    assert json.loads(capsys.readouterr().out) == {"out": str(tmp_path / "b"), "parameters": count}
+    monkeypatch.setattr(importer, "compare", lambda source, model, tokens: 1.01e-4)
+    with pytest.raises(CheckpointError, match="want=a difference of at most 0.0001"):
+        importer.check(tmp_path / "b", folder)
+
+
+def test_without_a_peer_the_loss_is_reported_beside_that_of_a_guess(folder, tmp_path, monkeypatch):
+    assert call("--from", folder, "--out", tmp_path / "ours", "--no-check") == 0
+    model = load_model(tmp_path / "ours")
+    tokens = torch.arange(20).reshape(2, 10)
+    monkeypatch.setattr(importer, "probe_tokens", lambda config, file: tokens)
+    with torch.no_grad():
+        scores = model(tokens[:, :-1]).log_softmax(-1)
+    want = -scores.gather(2, tokens[:, 1:, None]).mean().item()
+    found = importer.check(tmp_path / "ours", None)
+    assert found == {
+        "loss_on_probe": pytest.approx(want, rel=1e-5),
+        "loss_of_uniform_guess": math.log(model.config.vocab_size),
+    }
+    monkeypatch.setattr(math, "isfinite", lambda value: False)
+    with pytest.raises(CheckpointError, match="loss of the imported model is not finite; got="):
+        importer.check(tmp_path / "ours", None)
