@@ -116,3 +116,68 @@ def test_convert_writes_gpt_neox_files_in_our_form(tmp_path, monkeypatch, capsys
     assert "activation: gelu_tanh" in output(capsys, "convert", "old.yml", "--set", "train.seed=5")
     assert "50277 ids" in output(capsys, "show", "old.yml")
     assert len(json.loads(output(capsys, "show", "old.yml", "--json"))["notes"]) == 3
+
+
+def test_later_files_and_values_win(files, capsys):
+    content = json.loads(output(capsys, "show", "b.yml", "--conf", "a.yml", "--json"))
+    assert content["config"]["model"]["vocab_size"] == 100 and content["notes"] == []
+    assert content["origins"]["model.vocab_size"] == "a.yml:1"
+    words = ["--set", "train.seed=1", "--set", "train.seed=2", "train.train_iters=8"]
+    content = json.loads(output(capsys, "show", "a.yml", *words, "--json"))
+    assert (content["config"]["train"]["seed"], content["config"]["train"]["train_iters"]) == (2, 8)
+    assert content["origins"]["train.seed"] == "--set"
+    assert "vocab_size: 9" in output(capsys, "show", "--set", "model.vocab_size=9")
+
+
+def test_everything_about_a_key(files, capsys):
+    words = ["explain", "train.seed", "a.yml", "b.yml", "--set", "train.seed=9"]
+    content = json.loads(output(capsys, *words, "--json"))
+    assert set(content) == {"key", "meaning", "type", "default", "keys", "value", "origin", "overridden"}
+    assert (content["key"], content["value"], content["origin"]) == ("train.seed", 9, "--set")
+    assert content["overridden"] == [{"origin": "a.yml:3", "value": 3}] and content["keys"] == []
+    content = json.loads(output(capsys, "explain", "train.seed", "--json"))
+    assert set(content) == {"key", "meaning", "type", "default", "keys"} and content["default"] == "1234"
+    lines = output(capsys, "explain", "train.seed", "b.yml").splitlines()
+    assert lines[-2:] == ["  default: 1234", "  value: 1234, from default"]
+    section = json.loads(output(capsys, "explain", "optimizer", "--json"))
+    assert "optimizer.lr" in section["keys"]
+    listed = [line.strip().partition(":")[0] for line in output(capsys, "explain", "optimizer").splitlines()]
+    assert [name for name in listed if name in section["keys"]] == section["keys"]
+    names = output(capsys, "explain").splitlines()
+    assert [line.partition(": ")[0] for line in names] == list(json.loads(output(capsys, "explain", "--json")))
+
+
+def test_values_are_set_in_both_configs(files, capsys):
+    assert output(capsys, "diff", "a.yml", "b.yml", "--set", "train.seed=5", "model.vocab_size=7") == "no difference\n"
+    (row,) = json.loads(output(capsys, "diff", "b.yml", "a.yml", "--set", "train.seed=5", "--json"))
+    assert row == {
+        "key": "model.vocab_size",
+        "left": 200,
+        "right": 100,
+        "left_origin": "b.yml:1",
+        "right_origin": "a.yml:1",
+    }
+    assert json.loads(output(capsys, "diff", "a.yml", "a.yml", "--json")) == []
+
+
+def test_a_converted_config_with_its_notes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.yml").write_text(flow_text(BASE))
+    (tmp_path / "more.yml").write_text("train_iters: 7\n")
+    words = ["convert", "old.yml", "more.yml", "--set", "train.seed=5"]
+    text = output(capsys, *words)
+    notes = list(load(["old.yml", "more.yml"]).notes)
+    assert json.loads(output(capsys, *words, "--json")) == {"config": text, "notes": notes} and notes
+    assert "train_iters: 7" in text and "seed: 5" in text and text.endswith("\n") and not text.endswith("\n\n")
+    assert json.loads(output(capsys, *words, "--out", "a.yml", "--json")) == {"out": "a.yml", "notes": notes}
+    assert output(capsys, *words, "--out", "b.yml").splitlines() == ["wrote b.yml", *notes]
+    assert (tmp_path / "a.yml").read_text() == (tmp_path / "b.yml").read_text() == text
+    (tmp_path / "link.yml").symlink_to("nowhere.yml")
+    assert main(["config", "convert", "old.yml", "-o", "link.yml"]) == 2
+    assert "file already exists; where=link.yml" in capsys.readouterr().err
+
+
+def test_the_two_reference_pages_differ(files, capsys):
+    ours, theirs = output(capsys, "reference"), output(capsys, "reference", "--gpt-neox")
+    assert theirs.splitlines()[0] != ours.splitlines()[0] and "model.num_layers" in ours
+    assert ours.endswith("\n") and not ours.endswith("\n\n")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from neox.cli import doctor
 from neox.cli.main import main
@@ -96,8 +100,6 @@ def test_every_part_of_the_installation_is_checked():
 
 
 def test_an_old_torch_fails(monkeypatch):
-    import torch
-
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     (finding,) = doctor.torch_version()
     assert not finding.ok and "2.9.1+cpu is older than 2.11" in finding.text
@@ -123,3 +125,156 @@ def test_a_cpu_without_avx2_is_reported(monkeypatch, flags, ok, text):
     found = [finding for finding in doctor.machine() if finding.name == "vector instructions"]
     assert [finding.ok for finding in found] == ([] if ok is None else [ok])
     assert all(finding.text.startswith(text) and not finding.needed for finding in found)
+
+
+@pytest.mark.parametrize(
+    ("version", "ok"),
+    [
+        ("2.11.0", True),
+        ("2.11.0+cpu", True),
+        ("2.12.1a0+git", True),
+        ("3.0.0", True),
+        ("2.10.9", False),
+        ("1.13.1", False),
+    ],
+)
+def test_the_oldest_torch_that_will_do(monkeypatch, version, ok):
+    monkeypatch.setattr(torch, "__version__", version)
+    (finding,) = doctor.torch_version()
+    assert (finding.ok, finding.needed, finding.name) == (ok, True, "torch")
+    wanted = f"{version}, {torch.get_num_threads()} threads" if ok else f"ImportError: {version} is older than 2.11"
+    assert finding.text == wanted and (ok or finding.do == "make setup")
+
+
+@pytest.mark.parametrize(("version", "ok"), [((3, 10, 0), True), ((3, 9, 18), False), ((4, 0, 0), True)])
+def test_the_oldest_python_that_will_do(monkeypatch, version, ok):
+    monkeypatch.setattr(sys, "version_info", version)
+    python, neox = doctor.python()
+    assert (python.ok, python.needed, python.do) == (ok, True, "use Python 3.10 or later")
+    assert python.text.endswith(", want 3.10 or later") and sys.executable in python.text
+    assert (neox.name, neox.ok) == ("neox", True)
+
+
+@pytest.mark.parametrize(
+    ("finding", "wanted"),
+    [
+        (doctor.Finding("a", True, "b\n c", do="x"), "ok   a    b c"),
+        (doctor.Finding("a", True, "b", needed=False), "ok   a    b"),
+        (doctor.Finding("a", False, "b", do="x"), "FAIL a    b; do=x"),
+        (doctor.Finding("a", False, "b"), "FAIL a    b"),
+        (doctor.Finding("abc", False, "b", needed=False, do="x"), "--   abc  b; do=x"),
+    ],
+)
+def test_a_finding_on_its_line(finding, wanted):
+    assert doctor.line(finding, 3) == wanted
+
+
+def test_the_advice_of_an_error_stands_where_the_check_has_none():
+    found = doctor.attempt("thing", unbuilt)
+    assert (found.do, found.ok, found.needed) == ("x", False, True)
+    assert doctor.attempt("thing", unbuilt, do="y").do == "y"
+    assert doctor.attempt("thing", lambda: str(print("noise")), needed=False) == doctor.Finding(
+        "thing", True, "None", needed=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("OMP_NUM_THREADS", 1), ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("MASTER_PORT", 1)],
+)
+def test_the_least_value_of_every_variable(monkeypatch, name, least):
+    for each in doctor.VARIABLES:
+        monkeypatch.delenv(each, raising=False)
+    assert list(doctor.environment()) == []
+    for value, ok in ((least, True), (least - 1, False)):
+        monkeypatch.setenv(name, str(value))
+        (found,) = doctor.environment()
+        assert (found.name, found.ok, found.needed) == (name, ok, True)
+        assert found.text == f"'{value}'" + ("" if ok else f", want a number of at least {least}")
+
+
+def test_graphics_cards_and_compilers(monkeypatch):
+    cards = [
+        SimpleNamespace(name="H200", total_memory=141 * 2**30, major=9, minor=0),
+        SimpleNamespace(name="A10", total_memory=24 * 2**30, major=8, minor=6),
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    monkeypatch.setattr("shutil.which", {"nvcc": "/opt/nvcc", "g++": None}.__getitem__)
+    gpu, compiler, nvcc = doctor.accelerators()
+    assert (gpu.ok, gpu.text) == (True, "H200 (141 GiB, sm_90), A10 (24 GiB, sm_86)")
+    assert (compiler.name, compiler.ok, compiler.text) == ("g++", False, "not found (needed only to build)")
+    assert (nvcc.name, nvcc.ok, nvcc.text) == ("nvcc", True, "/opt/nvcc")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    absent = next(doctor.accelerators())
+    assert (absent.ok, absent.needed) == (False, False)
+    assert absent.text == "none that torch can use: training runs on the CPU" and not any(
+        finding.needed for finding in (gpu, compiler, nvcc)
+    )
+
+
+def test_memory_and_disk_in_gibibytes(monkeypatch):
+    import psutil
+
+    state = SimpleNamespace(available=3 * 2**29, total=2**33)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: state)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5 * 2**28, total=2**40, used=2**39))
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 5, 7})
+    monkeypatch.setattr(doctor, "cpuinfo", lambda key: {"model name": ["fast", "slow"]}[key])
+    found = {finding.name: finding for finding in doctor.machine()}
+    assert found["cpu"].text == "fast, 3 cores" and found["memory"].text == "1.5 of 8.0 GiB available"
+    assert found["disk"].text.startswith("1.2 GiB free in ")
+    assert not found["memory"].needed and not found["disk"].needed
+    monkeypatch.setattr(doctor, "cpuinfo", lambda key: [])
+    assert doctor.cpu_name()
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [({"avx2", "fma", "avx512f"}, "AVX2 and AVX-512"), ({"avx2", "fma"}, "AVX2"), ({"avx2"}, "no AVX2")],
+)
+def test_vector_instructions_need_both_extensions(monkeypatch, flags, text):
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: flags)
+    (found,) = (finding for finding in doctor.machine() if finding.name == "vector instructions")
+    assert found.text.partition(":")[0] == text and found.ok is ("fma" in flags)
+
+
+def test_every_package_is_imported_and_a_broken_one_fails(monkeypatch):
+    monkeypatch.setattr(doctor, "PACKAGES", ("numpy", "yaml", "no_such_package"))
+    numpy, yaml, absent = doctor.packages()
+    assert numpy.text == importlib.import_module("numpy").__version__
+    assert yaml.ok and yaml.text == importlib.import_module("yaml").__version__
+    assert (absent.ok, absent.needed, absent.do) == (False, True, "make setup")
+    assert absent.text.startswith("ModuleNotFoundError: ")
+
+
+@pytest.mark.parametrize(("state", "ok"), [("loaded", True), ("not built", False)])
+def test_cuda_operators_are_reported_and_not_needed(monkeypatch, state, ok):
+    monkeypatch.setattr("neox.ops._library.CUDA", state)
+    operators, cuda, core = doctor.native()
+    assert (cuda.name, cuda.ok, cuda.text, cuda.needed) == ("cuda operators", ok, state, False)
+    assert operators.needed and core.needed and core.text.endswith(".so")
+    library = importlib.import_module("neox.ops._library")
+    built = sorted(path.name.removesuffix(".so") for path in library.FOLDER.iterdir() if path.suffix == ".so")
+    assert operators.text == f"{library.ISA} (built: {', '.join(built)})"
+
+
+def test_one_missing_requirement_of_many_exits_14(monkeypatch, capsys):
+    findings = [
+        doctor.Finding("a", False, "x", needed=False),
+        doctor.Finding("long", False, "y"),
+        doctor.Finding("b", True, "z"),
+    ]
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: findings[:1], lambda: findings[1:]))
+    assert main(["doctor"]) == 14
+    assert capsys.readouterr().out == "--   a     x\nFAIL long  y\nok   b     z\n"
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: findings[:1], lambda: findings[2:]))
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0] == {
+        "name": "a",
+        "ok": False,
+        "text": "x",
+        "needed": False,
+        "do": None,
+    }

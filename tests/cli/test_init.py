@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -29,3 +30,32 @@ def test_a_full_disk_leaves_no_part_of_a_file(tmp_path):
         assert done.returncode == 5 and done.stderr.startswith("error[5] cannot write; where=new"), done.stderr
         assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["old.yml"]
+
+
+def test_what_is_written_is_listed_and_starts_as_the_original(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == ["train.py", "launch/slurm.sh"] and shown.err == ""
+    for name in ("train.py", "launch/slurm.sh"):
+        assert (tmp_path / name).read_bytes() == (SHARED_FILES / name).read_bytes()
+        assert os.access(tmp_path / name, os.X_OK) == os.access(SHARED_FILES / name, os.X_OK)
+        assert (tmp_path / name).stat().st_mode == (SHARED_FILES / name).stat().st_mode
+    (tmp_path / "train.py").unlink()
+    (tmp_path / "train.py").symlink_to(tmp_path / "nowhere")
+    assert main(["init"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.splitlines() == [
+        "train.py: exists, not changed",
+        "launch/slurm.sh: exists, not changed",
+    ]
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "launch").write_text("a file")
+    assert main(["init", str(tmp_path)]) == 5
+    assert capsys.readouterr().err.startswith(
+        f"error[5] cannot write file; where={tmp_path / 'launch' / 'slurm.sh'}; got="
+    )
+    assert (tmp_path / "train.py").is_file()

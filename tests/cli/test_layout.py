@@ -10,10 +10,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from neox.cli import layout
 from neox.cli.layout import add_layout_arguments, join_layout
 from neox.cli.main import main
-from neox.config.schema import ModelConfig
+from neox.config.schema import ModelConfig, ParallelConfig
 from neox.data.text.tokenizer import train_tokenizer
 from neox.errors import ConfigError
 from neox.model.gpt import GPT
@@ -71,6 +73,30 @@ def test_what_does_not_fit(processes, count, arguments, message):
     processes(count)
     with pytest.raises(ConfigError, match=message):
         join_layout(options(*arguments), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("count", "arguments", "sizes"),
+    [
+        (2, ("--tensor", "2"), (2, 1)),
+        (2, ("--pipeline", "2"), (1, 2)),
+        (4, ("--tensor", "2", "--pipeline", "2"), (2, 2)),
+    ],
+)
+def test_processes_join_with_the_sizes_of_the_options(processes, monkeypatch, count, arguments, sizes):
+    processes(count)
+    joined = []
+    monkeypatch.setattr(layout, "init_distributed", lambda *told: joined.append(told) or "mesh")
+    assert join_layout(options(*arguments, "--device", "cuda:1"), MODEL) == "mesh"
+    ((parallel, launch, device),) = joined
+    assert parallel == ParallelConfig(tensor=sizes[0], pipeline=sizes[1])
+    assert (launch.world_size, launch.rank, device) == (count, 0, "cuda")
+
+
+def test_one_process_computes_on_its_device(processes):
+    processes(1)
+    assert join_layout(options("--device", "meta"), MODEL) == Mesh.single(torch.device("meta"))
+    assert join_layout(options("--pipeline", "1"), MODEL).device == torch.device("cpu")
 
 
 @pytest.fixture(scope="module")

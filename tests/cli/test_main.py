@@ -279,3 +279,102 @@ def test_a_surrogate_that_gets_as_far_as_an_encoder_is_one_line():
 def test_an_import_error_without_a_name_is_a_bug():
     assert cli.as_problem(ImportError("x"), "data") is None
     assert cli.as_problem(ImportError("x", name="torch"), "data").what == "package cannot be imported"
+
+
+def test_an_interrupt_is_130_and_one_word(monkeypatch, capsys):
+    def run(args):
+        raise KeyboardInterrupt
+
+    install_command(monkeypatch, run)
+    assert cli.main(["probe"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (["--version"], 0, f"neox {cli.__version__}\n"),
+        (["--debug", "--version"], 0, f"neox {cli.__version__}\n"),
+        (["-h"], 0, "usage: neox"),
+        (["--help"], 0, "usage: neox"),
+        (["--debug"], 2, "usage: neox"),
+    ],
+)
+def test_words_before_a_command(argv, code, said, monkeypatch, capsys):
+    assert cli.main(argv) == code and capsys.readouterr().out.startswith(said)
+    monkeypatch.setattr(sys, "argv", ["neox", *argv])
+    assert cli.main() == code and capsys.readouterr().out.startswith(said)
+
+
+def test_every_command_is_listed_with_its_summary_and_can_be_parsed(capsys):
+    lines = cli.usage().splitlines()
+    for name, (module, summary) in cli.COMMANDS.items():
+        assert f"  {name:<15}{summary}" in lines
+        found, parser, rest = cli.parse([name, "x"])
+        assert (found, parser.prog, rest) == (name, f"neox {name}", ["x"])
+        assert parser.get_default("neox_run") is sys.modules[module].run
+        assert parser.description == (sys.modules[module].__doc__ or summary)
+
+
+@pytest.mark.parametrize(
+    ("word", "close"),
+    [("--max-new-token", "--max-new-tokens"), ("--promt", "--prompt"), ("--xyz", None), ("-x", None)],
+)
+def test_the_option_that_was_meant(word, close):
+    text = "[--prompt P] --max-new-tokens N see x--prompts"
+    assert cli.nearest_option(word, text) == close
+
+
+def test_a_wrong_value_names_the_command_and_its_help(monkeypatch, capsys):
+    install_command(monkeypatch, lambda args: 0)
+    assert cli.main(["probe", "--number", "x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error[2] argument --number: invalid int value: 'x'; where=neox probe; do=neox probe --help"
+    )
+    assert cli.main(["probe", "--numbr=3", "more"]) == 2
+    assert (
+        "unrecognized arguments: --numbr=3 more; where=neox probe; do=did you mean --number? See neox probe --help"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (ImportError("x", name="neox.data"), None),
+        (ModuleNotFoundError("x", name="neox"), None),
+        (ModuleNotFoundError("x", name="absent"), "package is missing"),
+        (ImportError("x" * 400, name="broken"), "package cannot be imported"),
+        (ValueError("x"), None),
+        (UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range(128)"), None),
+        (DataError("ours"), "ours"),
+    ],
+)
+def test_what_is_a_problem_of_the_user_and_what_a_bug(error, what):
+    found = cli.as_problem(error, "data")
+    assert (None if found is None else found.what) == what
+    if what == "package is missing":
+        assert found.parts() | {"what": what} == found.parts() and (found.got, found.where) == ("absent", "neox data")
+    if what == "package cannot be imported":
+        assert (found.where, len(found.got)) == ("neox data: broken", 300)
+
+
+def test_a_text_that_cannot_be_encoded_is_shown_around_its_error():
+    with pytest.raises(UnicodeEncodeError) as caught:
+        ("a" * 50 + "\udce9" + "b" * 50).encode()
+    assert cli.as_problem(caught.value, "x").got == "a" * 40 + r"\xe9" + "b" * 40
+
+
+@pytest.mark.parametrize(("filename", "left"), [(None, 1), ("a", 0)])
+def test_the_output_is_left_where_its_own_disk_is_full(monkeypatch, capsys, filename, left):
+    calls = []
+    monkeypatch.setattr(cli, "leave_stdout", lambda: calls.append(1))
+
+    def run(args):
+        raise OSError(28, "No space left on device", filename)
+
+    install_command(monkeypatch, run)
+    assert cli.main(["probe"]) == 5 and len(calls) == left
+    where = filename or "neox probe"
+    assert f"where={where};" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from neox.cli import plan as cli
 from neox.cli.main import main
 
 
@@ -38,6 +39,27 @@ def test_the_cpu_is_this_machine(capsys):
 def test_wrong_arguments_are_one_line(arguments, message, capsys):
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_files_options_and_values_reach_the_plan(tmp_path, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(cli, "make_plan", lambda config, size, device: told.append((config, size, device)) or "plan")
+    monkeypatch.setattr(cli, "find_device", lambda name, processes: (name, processes))
+    monkeypatch.setattr(cli, "lines", lambda plan: [plan, "two"])
+    monkeypatch.setattr(cli, "as_json", lambda plan: {"is": plan})
+    for name, seed in (("a", 3), ("b", 4)):
+        (tmp_path / f"{name}.yml").write_text(f"model: {{vocab_size: 100}}\ntrain: {{seed: {seed}}}\n")
+    a, b = str(tmp_path / "a.yml"), str(tmp_path / "b.yml")
+    values = ["--set", "run.dir=x", "--set", "train.train_iters=7"]
+    assert main(["plan", a, "--conf", b, *values, "--world-size", "4", "--device", "h100"]) == 0
+    config, size, device = told[-1]
+    assert (config.train.seed, config.train.train_iters, config.run.dir) == (4, 7, "x")
+    assert (size, device) == (4, ("h100", 4)) and capsys.readouterr().out == "plan\ntwo\n"
+    assert main(["plan", b, a, "--json", "--world-size", "0"]) == 0
+    config, size, device = told[-1]
+    assert (config.train.seed, size, device) == (3, 0, ("cpu", 1))
+    assert json.loads(capsys.readouterr().out) == {"is": "plan"}
+    assert main(["plan", "--set", "model.vocab_size=9"]) == 0 and told[-1][1] == 1
 
 
 LARGE = (

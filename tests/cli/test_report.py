@@ -38,3 +38,20 @@ def test_what_is_no_run_and_where_nothing_can_be_written(tmp_path, capsys):
     write_run(tmp_path / "a")
     assert main(["report", str(tmp_path / "a"), "--out", str(tmp_path / "nowhere" / "x.html")]) == 5
     assert "not the folder of a run" in capsys.readouterr().err
+
+
+def test_the_page_and_the_numbers_of_each_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a", steps=2), write_run(tmp_path / "b", steps=3)
+    assert main(["report", "b", "a"]) == 0
+    assert capsys.readouterr().out == "wrote report.html\n"
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<title>neox report: b, a</title>" in text
+    assert main(["report", "b", "a", "--out", "é.html", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["out"] == "é.html" and [(run["run"], run["steps"]) for run in found["runs"]] == [
+        ("b", "3 of 3"),
+        ("a", "2 of 2"),
+    ]
+    assert found["runs"][0]["incidents"] == ["resumed from runs/x at step 60"]
+    assert (tmp_path / "é.html").read_text(encoding="utf-8") == text
