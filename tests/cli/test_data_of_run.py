@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -10,12 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from neox.cli.data_of_run import layout_of
+from neox.cli.data_of_run import layout_of, show_document
 from neox.cli.main import main
 from neox.config.load import load_config
 from neox.data.samples.batch_layout import BatchLayout
 from neox.data.samples.builder import build_datasets
 from neox.data.samples.loader import Loader
+from neox.data.store.indexed import IndexedWriter
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
@@ -252,3 +254,28 @@ def test_a_document_in_words(run, capsys):
     ]
     assert main(["data", "which", "--run", str(run / "run"), "--document", "0", "--source", "x"]) == 2
     assert f"got=x; want=one of {run}/train, {run}/valid" in capsys.readouterr().err
+
+
+def test_the_only_dataset_of_a_run_needs_no_name(tmp_path, capsys):
+    with IndexedWriter(tmp_path / "d", "uint16") as writer:
+        for _ in range(3):
+            writer.add_document([1])
+    prefix, asked = str(tmp_path / "d"), []
+    steps = {0: [], 1: [(4, [9])], 2: [(2, [5, 6]), (1234, [7])]}
+    data = SimpleNamespace(
+        sources=lambda: [prefix],
+        steps_of=lambda source, document: asked.append(source) or steps[document],
+        last_step=2000,
+    )
+    for document in range(3):
+        show_document(argparse.Namespace(source=None, document=document, json=False), data)
+    assert asked == [prefix] * 3 and capsys.readouterr().out.splitlines() == [
+        f"{prefix} document 0: no step of 2,000 read it",
+        f"{prefix} document 1: 1 step of 2,000 read it",
+        "  step 4: samples 9",
+        f"{prefix} document 2: 2 steps of 2,000 read it",
+        "  step 2: samples 5, 6",
+        "  step 1234: samples 7",
+    ]
+    with pytest.raises(ConfigError, match="no such document; where=--document; got=3; want=0 to 2 in "):
+        show_document(argparse.Namespace(source=prefix, document=3, json=False), data)

@@ -284,3 +284,16 @@ def test_an_output_file_that_fails_later_is_named(tmp_path):
         file.write("東")
         raise KeyError
     assert (tmp_path / "f").read_bytes() == "東".encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "got"), [(b"a\n\xff\n", "'utf-8' codec can't decode byte 0xff"), (None, "a folder, not a regular file")]
+)
+def test_a_prompt_file_that_cannot_be_read_is_named(run_folder, tmp_path, capsys, content, got):
+    path = tmp_path / "prompts"
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert call("--checkpoint", run_folder, "--prompt-file", path) == 2
+    assert f"error[2] cannot read the prompts; where={path}; got={got}" in capsys.readouterr().err
+    (tmp_path / "empty").write_text("\n\n")
+    assert call("--checkpoint", run_folder, "--prompt-file", tmp_path / "empty") == 2
+    assert "error[2] no prompt" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -378,3 +379,11 @@ def test_the_output_is_left_where_its_own_disk_is_full(monkeypatch, capsys, file
     assert cli.main(["probe"]) == 5 and len(calls) == left
     where = filename or "neox probe"
     assert f"where={where};" in capsys.readouterr().err
+
+
+def test_a_terminal_that_cannot_show_a_letter_gets_its_number(monkeypatch):
+    raw = io.BytesIO()
+    install_command(monkeypatch, lambda args: print("caf\xe9 \u6771 \udcff") or 0)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert cli.main(["probe"]) == 0
+    assert raw.getvalue() == rb"caf\xe9 \u6771 \udcff" + b"\n"  # written, not only buffered

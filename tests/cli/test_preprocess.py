@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -387,3 +388,15 @@ def test_a_summary_in_words():
     assert cli.progress_line(summary) == "3,000 documents, 40,000 tokens, 2 MB (1.2 MB/s), 1,003 bad"
     assert cli.progress_line(Summary("o", "d", 1, text_bytes=10**6)).startswith("0 documents, 0 tokens, 1 MB (1000")
     assert cli.report(Summary("o", "uint16", 1)).count("\n") == 2
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_alone(monkeypatch, terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    with cli.progress_bar() as show:
+        assert (show is not None) == terminal
+        if terminal:
+            show(Summary("o", "uint16", 1, documents=3))
+    assert ("3 documents" in stream.getvalue()) == terminal

@@ -86,7 +86,13 @@ def test_an_error_of_several_processes_is_told_to_them(environment, conf, monkey
 
     monkeypatch.setitem(sys.modules, "neox.train.start", SimpleNamespace(start=start))
     told = []
-    monkeypatch.setattr(cli, "refuse", lambda error, launch, signals, debug: told.append((error, launch, debug)) or 9)
+
+    def refuse(error, launch, signals, debug):
+        assert signals.at_once.func is cli.end_while_joining and signals.at_once.args == (launch,)
+        told.append((error, launch, debug))
+        return 9
+
+    monkeypatch.setattr(cli, "refuse", refuse)
     if size > 1:
         names = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 9}
         environment.update({name: str(value) for name, value in names.items()})

@@ -15,7 +15,15 @@ from neox.config.schema import ModelConfig
 from neox.convert.huggingface import to_huggingface
 from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import ConfigError, DataError, EnvironmentProblem
-from neox.evaluate.harness import continuations, group_by_options, harness_model, prefix_token, run_tasks, sampling
+from neox.evaluate.harness import (
+    continuations,
+    find_tasks,
+    group_by_options,
+    harness_model,
+    prefix_token,
+    run_tasks,
+    sampling,
+)
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from tests.generate.sentencepiece import write_tokenizer
@@ -351,3 +359,22 @@ def test_a_missing_harness_says_how_to_install_it(trained, monkeypatch):
         EnvironmentProblem, match="lm-evaluation-harness is not installed; got=.*; do=pip install 'lm-eval=="
     ):
         run_tasks(model, tokenizer, ["x"])
+
+
+def test_the_tasks_of_the_harness_are_read_where_the_folder_lacks_one(monkeypatch):
+    made = []
+
+    class Tasks:
+        def __init__(self, **options):
+            made.append(options)
+            local = ["ours"] if "include_path" in options else []
+            self.all_tasks = local + (["theirs", "their_group"] if options.get("include_defaults", True) else [])
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Tasks)
+    without_defaults = {"include_path": "x", "include_defaults": False}
+    assert find_tasks(["theirs"], None).all_tasks == ["theirs", "their_group"] and made == [{}]
+    assert find_tasks(["ours"], "x").all_tasks == ["ours"] and made[1:] == [without_defaults]
+    assert len(find_tasks(["ours", "theirs"], "x").all_tasks) == 3
+    assert made[2:] == [without_defaults, {"include_path": "x"}]
+    with pytest.raises(ConfigError, match=r"where=--tasks; got=thiers, mine; .* do=did you mean theirs\?"):
+        find_tasks(["their_group", "thiers", "mine"], None)

@@ -216,3 +216,10 @@ def test_models_without_positions_read_longer_windows(dataset):
     sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 31}
     config = ModelConfig(**sizes, max_position_embeddings=4, position_embedding="alibi")
     assert evaluate(GPT(config, Mesh.single()), dataset, seq_length=17).tokens == 17
+
+
+def test_losses_are_added_in_double_precision(model, dataset, monkeypatch):
+    losses = torch.full((1, 40_000), 1.1)
+    monkeypatch.setattr("neox.evaluate.perplexity.token_losses", lambda model, inputs, targets: losses)
+    found = evaluate(model, dataset, seq_length=9, batch_size=1)  # two windows of 17 tokens
+    assert found.loss == pytest.approx(2 * 40_000 * losses[0, 0].item() / 17, rel=1e-12)

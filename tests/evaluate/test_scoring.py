@@ -154,3 +154,17 @@ def test_batches_are_reported_as_they_are_done(model):
     seen = []
     log_likelihoods(model, PAIRS, max_length=16, batch_size=2, on_done=seen.append)
     assert seen == [2, 2, 1] and log_likelihoods(model, [], max_length=16, batch_size=2) == []
+
+
+def test_long_sums_are_exact_and_half_precision_is_widened_first(model, monkeypatch):
+    """40,000 tokens of log 3 each: a sum in fp32 is rounded to multiples of 0.004."""
+    monkeypatch.setattr(
+        "neox.evaluate.scoring.pipeline.logits", lambda model, tokens, position_ids: torch.zeros(*tokens.shape, 3)
+    )
+    ((value, greedy),) = log_likelihoods(model, [([1], [0] * 40_000)], max_length=40_000, batch_size=1)
+    assert value == pytest.approx(40_000 * float(torch.zeros(3).log_softmax(0)[0]), rel=1e-12) and greedy
+    scores = torch.randn(1, 6, 50, generator=torch.Generator().manual_seed(5)).bfloat16()
+    monkeypatch.setattr("neox.evaluate.scoring.pipeline.logits", lambda model, tokens, position_ids: scores)
+    ((value, greedy),) = log_likelihoods(model, [([1, 2], [3, 4, 5, 6, 7])], max_length=16, batch_size=1)
+    wanted = scores[0].double().log_softmax(-1)[range(1, 6), [3, 4, 5, 6, 7]].sum().item()
+    assert value == pytest.approx(wanted, abs=1e-5) and greedy is False

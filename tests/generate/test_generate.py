@@ -307,3 +307,17 @@ def test_weights_have_the_dtype_and_the_kernels_that_are_asked_for(tmp_path):
     mesh = Mesh.single("cpu")
     on_mesh = load_model(path, device="meta", mesh=mesh)
     assert on_mesh.mesh.world_size == 1 and next(on_mesh.parameters()).device == mesh.device
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_kernels_are_those_of_the_device_and_dtype(tmp_path, monkeypatch, given):
+    path, asked = save_model(tmp_path / "run", tiny("neox")), []
+
+    def supported(config, dtype, device):
+        asked.append((config.vocab_size, dtype, device))
+        return config
+
+    monkeypatch.setattr("neox.generate.generate.with_supported_attention", supported)
+    options = {"mesh": Mesh.single("cpu"), "device": "meta"} if given else {"device": "cpu"}
+    model = load_model(path, dtype=torch.bfloat16, **options)
+    assert asked == [(97, torch.bfloat16, "cpu")] and next(model.parameters()).device.type == "cpu"
