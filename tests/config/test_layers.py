@@ -6,7 +6,9 @@ import os
 
 import pytest
 
-from neox.config.load import load_config, loads
+from neox.config.layers import Layers
+from neox.config.load import load, load_config, loads
+from neox.config.parse import MAX_BYTES
 from neox.errors import ConfigError
 from tests.config.refusals import MINIMAL, refusal
 
@@ -194,3 +196,118 @@ def test_a_tag_or_a_key_given_twice_in_an_override():
     assert line.startswith("error[2] YAML tag is not allowed; where=--set data.train; want=")
     (line,) = refusal(overrides=("model.vocab_size=1", "deepspeed={a: 1, a: 2}"))
     assert line.startswith("error[2] key given twice; where=--set deepspeed; ")
+
+
+def test_a_file_wins_over_its_includes_wherever_it_names_them(write):
+    write("one.yml", "train: {seed: 1, train_iters: 1}\noptimizer: {lr: 0.1}\n")
+    write("two.yml", "train: {train_iters: 2}\noptimizer: {lr: 0.2}\n")
+    write("a.yml", MINIMAL + "optimizer: {lr: 0.3}\ninclude: [one.yml, two.yml]\n")
+    config = load_config("a.yml")
+    assert (config.train.seed, config.train.train_iters, config.optimizer.lr) == (1, 2, 0.3)
+
+
+def test_two_files_may_include_the_same_one(write):
+    write("common.yml", "train: {seed: 5, train_iters: 5}\n")
+    write("one.yml", "include: common.yml\ntrain: {train_iters: 6}\n")
+    write("two.yml", "include: common.yml\n")
+    write("a.yml", MINIMAL + "include: [one.yml, two.yml]\n")
+    config = load_config("a.yml")
+    assert (config.train.seed, config.train.train_iters) == (5, 5)  # read again, and later
+
+
+def test_a_file_that_includes_itself(write):
+    write("a.yml", MINIMAL + "include: a\n")
+    assert refusal("a.yml") == ["error[2] circular include; where=a.yml:2; got=a.yml -> a.yml"]
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_config_has_at_most_64_files(write, more):
+    names = [f"{number}.yml" for number in range(63 + more)]
+    for name in names:
+        write(name, "train: {seed: 3}\n")
+    write("a.yml", f"{MINIMAL}include: [{', '.join(names)}]\n")
+    if more:
+        (line,) = refusal("a.yml")
+        assert line == "error[2] too many files; where=a.yml:2; want=at most 64, includes counted"
+    else:
+        assert load_config("a.yml").train.seed == 3
+
+
+@pytest.mark.parametrize("value", ["3", "[b.yml, 3]", "null", "{}"])
+def test_an_include_that_names_no_files(write, value):
+    write("b.yml", "")
+    write("a.yml", f"{MINIMAL}include: {value}\n")
+    (line,) = refusal("a.yml")
+    assert line.startswith("error[2] bad include; where=a.yml:2 include; got=")
+    assert line.endswith("; want=a file name or a list of file names")
+
+
+def test_the_largest_file_that_is_read(write):
+    start = MINIMAL.encode() + b"# "
+    write("a.yml", start + b"x" * (MAX_BYTES - len(start)))
+    assert load_config("a.yml").model.vocab_size == 100
+    write("a.yml", start + b"x" * (MAX_BYTES + 1 - len(start)))
+    (line,) = refusal("a.yml", overrides=("model.vocab_size=1",))
+    assert line == "error[2] config file is too large; where=a.yml; want=at most 1048576 bytes"
+
+
+def test_a_file_that_may_not_be_read_is_reported_with_the_reason(write, monkeypatch):
+    write("a.yml", MINIMAL)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    (line,) = refusal("a.yml", overrides=("model.vocab_size=1",))
+    assert line == "error[2] cannot read config file; where=a.yml; got=Permission denied"
+
+
+@pytest.mark.parametrize("override", ["train.seed", "=3", "train..seed=3", "train. =3", ".seed=3", ""])
+def test_an_override_without_a_key_or_a_value(override):
+    (line,) = refusal(overrides=("model.vocab_size=1", override))
+    assert line == (
+        f"error[2] cannot parse an override; where=--set; got={' '.join(repr(override).split())}; "
+        "want=section.key=value; do=join key, = and value without spaces: --set train.train_iters=1000"
+    )
+
+
+def test_spaces_around_the_parts_of_an_override_do_not_count():
+    config = load_config(overrides=["model.vocab_size=1", " train . seed = 7 ", "data.seq-length=8", "run.dir='a b '"])
+    assert (config.train.seed, config.data.seq_length, config.run.dir) == (7, 8, "a b ")
+
+
+def test_hyphens_in_an_override_stay_below_deepspeed():
+    layers = Layers()
+    layers.add_override("deepspeed.a-b=1")
+    layers.add_override("model.num-layers=2")
+    assert {path: setting.value for path, setting in layers.settings.items()} == {
+        ("deepspeed", "a-b"): 1,
+        ("model", "num_layers"): 2,
+    }
+
+
+def test_the_history_of_a_value_is_newest_first(write):
+    write("a.yml", MINIMAL + "train: {seed: 1}\n")
+    write("b.yml", "\ntrain: {seed: 2}\n")
+    origin = load(["a.yml", "b.yml"], ["train.seed=3", "train.seed=4"]).origins["train.seed"]
+    assert str(origin) == "--set"
+    assert [(str(old), value) for old, value in origin.overridden] == [("--set", 3), ("b.yml:2", 2), ("a.yml:2", 1)]
+    assert all(old.overridden == () for old, _ in origin.overridden)
+
+
+def test_a_mapping_replaces_the_keys_below_it_and_a_key_the_mapping_above_it(write):
+    write("a.yml", MINIMAL + "deepspeed: {aio: {block_size: 1, queue_depth: 2}, aio2: {x: 1}, dump_state: true}\n")
+    layers = load(["a.yml"], ["deepspeed.aio={use_gds: true}"])
+    assert layers.config.deepspeed == {"aio": {"use_gds": True}, "aio2": {"x": 1}, "dump_state": True}
+    layers = load(["a.yml"], ["deepspeed.aio=null", "deepspeed.aio.use_gds=true"])
+    assert layers.config.deepspeed == {"aio": {"use_gds": True}, "aio2": {"x": 1}, "dump_state": True}
+
+
+def test_a_list_or_text_of_an_override_may_end_in_a_comment():
+    config = load_config(overrides=["model.vocab_size=1", "optimizer.betas=[0.5, 0.6] # faster", "run.dir='x' # y"])
+    assert (config.optimizer.betas, config.run.dir) == ((0.5, 0.6), "x")
+
+
+def test_a_long_value_of_an_override_is_cut_in_the_report():
+    (line,) = refusal(overrides=("model.vocab_size=1", f"data.train=[{'x' * 200}"))
+    assert f"got=[{'x' * 79}; want=" in line
