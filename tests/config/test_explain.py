@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from neox.config.explain import converted, diff, explain, show
+from neox.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_KEYS
+from neox.config.explain import ABSENT, Difference, converted, diff, explain, show
 from neox.config.load import load, loads
 from neox.config.values import known_keys
 from neox.errors import ConfigError
@@ -115,3 +116,147 @@ def test_a_key_of_gpt_neox_is_explained():
     assert explain("lr").meaning.endswith("; neox has optimizer.lr")
     assert explain("moe_num_experts").type.startswith("unsupported")
     assert explain("rope_fusion").meaning.startswith("key of GPT-NeoX: ignored: the kernels of neox")
+
+
+def test_the_explanation_of_a_section_lists_the_keys_just_below_it():
+    found = explain("model.rope_scaling")
+    assert found.type == "mapping (RopeScaling) or null" and found.default == "null"
+    assert set(found.keys) == {key for key in known_keys() if key.startswith("model.rope_scaling.")}
+    assert "model.rope_scaling.factor" not in explain("model").keys and "model.rope_scaling" in explain("model").keys
+    run = explain("run")
+    assert (run.key, run.meaning, run.type, run.default, run.keys) == (
+        "run",
+        "Output folder of a run.",
+        "section",
+        None,
+        ("run.dir",),
+    )
+
+
+def test_deepspeed_lists_what_may_be_set_there():
+    found = explain("deepspeed")
+    assert set(found.keys) == {f"deepspeed.{key}" for key in set(DEEPSPEED_KEYS) - set(OWNED_KEYS)}
+    assert (found.type, found.default) == ("section", None) and "passed through" in found.meaning
+
+
+@pytest.mark.parametrize(
+    ("key", "meaning", "type_", "default", "below"),
+    [
+        (
+            "data.validation.labels",
+            "in each item of the list: prefix of a dataset of labels",
+            "string or null",
+            "null",
+            (),
+        ),
+        ("data.train.path", "in each item of the list: prefix of PREFIX.bin and PREFIX.idx", "string", None, ()),
+        (
+            "deepspeed.optimizer",
+            "set by optimizer; use that key",
+            "whatever DeepSpeed accepts",
+            None,
+            (),
+        ),
+        (
+            "deepspeed.csv_monitor",
+            "key of DeepSpeed's own config, passed through unchanged",
+            "whatever DeepSpeed accepts",
+            None,
+            (
+                "deepspeed.csv_monitor.enabled",
+                "deepspeed.csv_monitor.output_path",
+                "deepspeed.csv_monitor.job_name",
+            ),
+        ),
+        (
+            "deepspeed.dump_state",
+            "key of DeepSpeed's own config, passed through unchanged",
+            "whatever DeepSpeed accepts",
+            None,
+            (),
+        ),
+        ("deepspeed.bf16", "set by precision.dtype; use that key", "whatever DeepSpeed accepts", None, ()),
+        (
+            "weight_decay",
+            "key of GPT-NeoX -> optimizer.weight_decay: same",
+            "translated, the type of GPT-NeoX",
+            "0.1",
+            (),
+        ),
+        ("num_layers", "key of GPT-NeoX: is model.num_layers", "renamed, the type of GPT-NeoX", None, ()),
+        (
+            "train_epochs",
+            "key of GPT-NeoX: set train_iters, the length in steps",
+            "unsupported, the type of GPT-NeoX",
+            None,
+            (),
+        ),
+        ("log_dir", "key of GPT-NeoX: ignored: log.txt is in run.dir", "ignored, the type of GPT-NeoX", None, ()),
+        (
+            "use_bias_in_attn_linear",
+            "key of GPT-NeoX -> model.qkv_bias, model.attention_out_bias: same value for both",
+            "translated, the type of GPT-NeoX",
+            "true",
+            (),
+        ),
+    ],
+)
+def test_explanations_of_keys_outside_of_the_schema(key, meaning, type_, default, below):
+    found = explain(key)
+    assert (found.key, found.type, found.default, found.keys) == (key, type_, default, below)
+    assert found.meaning.startswith(meaning) and (key.startswith("data.") or found.meaning == meaning)
+    assert (found.value, found.origin) == (None, None)
+
+
+def test_an_unknown_key_is_refused_with_the_sections():
+    with pytest.raises(ConfigError) as caught:
+        explain("qqq")
+    assert caught.value.line().startswith("error[2] unknown key; got=qqq; do=sections are model, data, tokenizer, ")
+
+
+def test_a_value_of_a_config_may_be_false_or_null():
+    loaded = load([], [*TINY, "logging.tensorboard=false"])
+    found = explain("logging.tensorboard", loaded)
+    assert (found.value, str(found.origin), found.default) == (False, "--set", "true")
+    found = explain("model.sliding_window", loaded)
+    assert (found.value, str(found.origin)) == (None, "default")
+
+
+def test_the_text_of_a_config(write):
+    write("a.yml", "num_layers: 2\nhidden_size: 8\nnum_attention_heads: 2\nmax_position_embeddings: 2048\n")
+    loaded = load(["a.yml"], ["deepspeed={zero_optimization: {overlap_comm: true}, aio: {use_gds: true}}"])
+    lines = show(loaded).splitlines()
+    assert loaded.notes and lines[: len(loaded.notes)] == [f"# note: {note}" for note in loaded.notes]
+    assert lines[len(loaded.notes)] == "model:"
+    text = [line.partition("#")[0].rstrip() for line in lines]
+    assert text[-6:] == [
+        "  dir: runs/default",
+        "deepspeed:",
+        "  zero_optimization:",
+        "    overlap_comm: true",
+        "  aio:",
+        "    use_gds: true",
+    ]
+    assert text.count("model:") == text.count("deepspeed:") == 1
+    commented = [line.index("  # ") for line in lines if "  # " in line]
+    assert min(commented) <= 60  # comments stand in one column, except after long lines
+    assert len(set(commented[:5])) == 1
+    native = converted(loaded)
+    assert native.splitlines()[: len(loaded.notes)] == [f"# {note}" for note in loaded.notes]
+    assert native.splitlines()[len(loaded.notes)] == ""
+    assert loads(native) == loaded.config == loads(show(loaded))
+
+
+def test_the_native_form_keeps_what_repeats_a_default_and_omits_what_is_derived(write):
+    write("a.yml", "model: {vocab_size: 9, hidden_size: 96}\ntrain: {seed: 1234}\n")
+    assert converted(load(["a.yml"])) == "model:\n  hidden_size: 96\n  vocab_size: 9\n\ntrain:\n  seed: 1234\n"
+
+
+def test_differences_have_the_origins_of_both_sides(write):
+    write("a.yml", "model: {vocab_size: 9}\ntrain:\n  seed: 5\ndeepspeed: {dump_state: false}\n")
+    rows = diff(load(["a.yml"]), load([], ["model.vocab_size=9", "run.dir=x"]))
+    assert rows == [
+        Difference("train.seed", 5, 1234, "a.yml:3", "default"),
+        Difference("run.dir", "runs/default", "x", "default", "--set"),
+        Difference("deepspeed.dump_state", False, ABSENT, "a.yml:4", ABSENT),
+    ]

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from neox.config.load import load, load_config
+from neox.config.load import load, load_config, loads
 from neox.config.values import flatten
+from neox.errors import ConfigError
 from tests.config.refusals import MINIMAL, refusal
 
 
@@ -185,3 +186,129 @@ def test_config_is_frozen():
     config = load_config(overrides=["model.vocab_size=1"])
     with pytest.raises(ValueError, match="frozen"):
         config.train.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "rest"),
+    [
+        ("train.train_iters=1e3", "train.train_iters; got=1000.0; want=integer, such as 1000"),
+        ("train.train_iters=1e30", "train.train_iters; got=1e+30; want=integer"),
+        ("train.train_iters=1.5", "train.train_iters; got=1.5; want=integer"),
+        ("model.num_layers=true", "model.num_layers; got=true; want=integer"),
+        ("run.dir=[a]", "run.dir; got=['a']; want=string; put it in quotes"),
+        ("optimizer.betas=[0.9, a, 1]", "optimizer.betas; got=[0.9, 'a', 1]; want=list of 2 numbers"),
+        ("train=[a]", "train; got=['a']; want=a section: keys below it, indented"),
+        ("model.rope_scaling=3", "model.rope_scaling; got=3; want=a section: keys below it, indented"),
+        ("data.train=3", "data.train; got=3; want=a list"),
+        ("data.train=[b, 3]", "data.train.1; got=3; want=a section: keys below it, indented"),
+        ("optimizer.lr=.inf", "optimizer.lr; got=inf; want=a finite number"),
+        ("checkpoint.save_iters=[1, -1]", "checkpoint.save_iters.1; got=-1; want=greater than or equal to 0"),
+        ("model.vocab_size=null", "model.vocab_size; got=null; want=integer"),
+    ],
+)
+def test_the_complete_report_of_a_bad_value(override, rest):
+    assert refusal(overrides=("model.vocab_size=100", override)) == [f"error[2] bad value; where=--set {rest}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "rest"),
+    [
+        ("data={train: a, model: {a: 1}}", "data.model; got={'a': 1}; do=model is a section: move it to the first "),
+        ("data={train: a, model: 1}", "data.model; got=1; do=did you mean model?"),
+        ("zzz=1", "zzz; do=neox config explain"),
+        ("data.train=[a, {path: a, path_: b}]", "data.train.1.path_; got='b'; do=did you mean data.train.path?"),
+        ("run={dir: a, dri: b}", "run.dri; got='b'; do=did you mean run.dir?"),
+    ],
+)
+def test_the_complete_report_of_an_unknown_key(override, rest):
+    (line,) = refusal(overrides=("model.vocab_size=100", override))
+    assert line.startswith(f"error[2] unknown key; where=--set {rest}")
+
+
+def test_a_problem_inside_a_list_names_the_line_of_its_item(write):
+    write(
+        "a.yml",
+        MINIMAL + "data:\n  train:\n  - a\n  - path: b\n    weight: -1\n  - path: c\n    x: 2\noptimizer: {lr: x}\n",
+    )
+    assert [line.split("; ")[1] for line in refusal("a.yml")] == [
+        "where=a.yml:6 data.train.1.weight",
+        "where=a.yml:8 data.train.2.x",
+        "where=a.yml:9 optimizer.lr",
+    ]
+
+
+def test_without_a_model_nothing_else_is_said_to_be_missing(write):
+    write("a.yml", "train: {seed: 3}\n")
+    expected = (
+        "error[2] key is missing; where=model.vocab_size; want=the number of token ids; "
+        "do=set model.vocab_size or tokenizer.file"
+    )
+    assert refusal("a.yml") == [expected]
+    assert refusal("a.yml", overrides=("model.num_layers=3",)) == [expected]
+
+
+def test_a_key_that_is_missing_because_a_file_cannot_be_read_is_not_reported(write):
+    write("a.yml", "model: {num_layers: [}\n")
+    (line,) = refusal("a.yml")
+    assert line.startswith("error[2] not YAML; where=a.yml:1")
+
+
+def test_null_asks_for_the_derived_value(write):
+    write("t.json", tokenizer_json({"a": 0, "b": 1}, []))
+    write(
+        "a.yml",
+        "model: {vocab_size: null, head_dim: null, num_kv_heads: 4, rope_scaling: null}\ntokenizer: {file: t.json}\n",
+    )
+    loaded = load(["a.yml"])
+    names = ("vocab_size", "head_dim", "num_kv_heads", "intermediate_size", "rope_scaling", "norm")
+    assert [str(loaded.origins[f"model.{name}"]) for name in names] == [
+        "derived",
+        "derived",
+        "a.yml:1",
+        "derived",
+        "a.yml:1",
+        "default",
+    ]
+    assert loaded.config.model.vocab_size == 2
+
+
+def test_a_tokenizer_that_is_no_name_of_a_file_is_reported_as_a_value():
+    lines = refusal(overrides=("tokenizer.file=3",))
+    assert lines[0].startswith("error[2] ") and "where=--set tokenizer.file; got=3; want=string" in "".join(lines)
+
+
+def test_the_reason_why_a_tokenizer_cannot_be_read(write):
+    (line,) = refusal(overrides=("tokenizer.file=none.json",))
+    assert line == (
+        "error[2] cannot read the vocabulary size from the tokenizer; where=--set tokenizer.file; "
+        "got=none.json: No such file or directory; "
+        "do=give a `tokenizers` JSON file, or remove tokenizer.file and set model.vocab_size"
+    )
+
+
+def test_values_of_a_mapping_below_deepspeed_have_its_origin(write):
+    write("a.yml", MINIMAL + "deepspeed:\n  aio: {block_size: 1}\n")
+    loaded = load(["a.yml"], ["deepspeed.zero_optimization={overlap_comm: true, offload_param: {device: cpu}}"])
+    origins = {key: str(origin) for key, origin in loaded.origins.items() if key.startswith("deepspeed.")}
+    assert origins == {
+        "deepspeed.aio.block_size": "a.yml:3",
+        "deepspeed.zero_optimization.overlap_comm": "--set",
+        "deepspeed.zero_optimization.offload_param.device": "--set",
+    }
+
+
+def test_rows_of_an_embedding_and_notes_of_gpt_neox_files(write):
+    write("a.yml", "num_layers: 2\nhidden_size: 8\nnum_attention_heads: 2\nmax_position_embeddings: 2048\n")
+    loaded = load(["a.yml"], embedding_rows=640)
+    assert loaded.config.model.vocab_size == 640
+    assert "model.vocab_size: 640, the embedding rows of the checkpoint" in loaded.notes
+    assert load(["a.yml"]).config.model.vocab_size == 50304
+    assert load([], ["model.vocab_size=3"], embedding_rows=640).config.model.vocab_size == 3
+
+
+def test_a_document_is_named_as_its_caller_names_it():
+    assert loads(MINIMAL).model.vocab_size == 100
+    for options, name in (({}, "<text>"), ({"source": "lock.yml"}, "lock.yml")):
+        with pytest.raises(ConfigError) as caught:
+            loads(MINIMAL + "train: {seed: x}\n", **options)
+        assert caught.value.where == f"{name}:2 train.seed"
