@@ -125,16 +125,27 @@ def effective_origins(config: Config, settings: Settings) -> dict[str, Origin]:
     """Return the origin of each dotted key of a config, in the order of the schema."""
     origins: dict[str, Origin] = {}
     for key, _ in flatten(config):
-        path = tuple(key.split("."))
-        found = settings.get(path)
-        if found is None and path[0] == "deepspeed":
-            pair = setting_at(settings, path)
-            found = pair[1] if pair else None
-        if found is not None and not (found.value is None and key in DERIVED):
-            origins[key] = found.origin
+        setting, value = given_at(settings, tuple(key.split(".")))
+        if setting is not None and not (value is None and key in DERIVED):
+            origins[key] = setting.origin
         else:
             origins[key] = Origin("derived" if key in DERIVED else "default")
     return origins
+
+
+def given_at(settings: Settings, path: tuple[str, ...]) -> tuple[Setting | None, YamlValue]:
+    """Return the setting that gives a key, at it or as a mapping above it, and the value; (None, None) if none does."""
+    for length in range(len(path), 0, -1):
+        setting = settings.get(path[:length])
+        if setting is None:
+            continue
+        value = setting.value
+        for name in path[length:]:
+            if not isinstance(value, dict) or name not in value:
+                return None, None
+            value = value[name]
+        return setting, value
+    return None, None
 
 
 def nest(settings: Settings) -> dict[str, YamlValue]:

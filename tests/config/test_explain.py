@@ -260,3 +260,11 @@ def test_differences_have_the_origins_of_both_sides(write):
         Difference("run.dir", "runs/default", "x", "default", "--set"),
         Difference("deepspeed.dump_state", False, ABSENT, "a.yml:4", ABSENT),
     ]
+
+
+def test_the_native_form_has_the_keys_of_a_mapping_that_an_override_gives():
+    loaded = load([], ["model.vocab_size=9", "model.rope_scaling={type: linear, factor: 2}", "train={seed: 5}"])
+    assert converted(loaded) == (
+        "model:\n  vocab_size: 9\n  rope_scaling:\n    type: linear\n    factor: 2.0\n\ntrain:\n  seed: 5\n"
+    )
+    assert loads(converted(loaded)) == loaded.config

@@ -312,3 +312,18 @@ def test_a_document_is_named_as_its_caller_names_it():
         with pytest.raises(ConfigError) as caught:
             loads(MINIMAL + "train: {seed: x}\n", **options)
         assert caught.value.where == f"{name}:2 train.seed"
+
+
+def test_the_values_of_a_mapping_have_its_origin():
+    model = "model={vocab_size: 9, head_dim: null, rope_scaling: {type: linear, factor: 2}}"
+    loaded = load([], [model, "train={seed: 5}", "checkpoint={async: false}"])
+    given = {key for key, origin in loaded.origins.items() if str(origin) == "--set"}
+    assert given == {
+        "model.vocab_size",
+        "model.rope_scaling.type",
+        "model.rope_scaling.factor",
+        "train.seed",
+        "checkpoint.async",
+    }
+    assert str(loaded.origins["model.head_dim"]) == str(loaded.origins["model.num_kv_heads"]) == "derived"
+    assert str(loaded.origins["model.rope_scaling.beta_fast"]) == str(loaded.origins["train.train_iters"]) == "default"
