@@ -136,8 +136,8 @@ def test_a_key_has_its_effect_and_no_other(changes, wanted):
          "where=a.yml:1 expansion_factor; got=2; want=intermediate_size or expansion_factor"),
         ({"intermediate_size": 65, "mlp_multiple_of": 64, "activation": "swiglu"}, None, None),
         ({"intermediate_size": 65, "mlp_multiple_of": 32}, "model.intermediate_size", "invalid file: GPT-NeoX gives "
-         "the two MLP matrices different widths, 128 and 96; where=a.yml:1 intermediate_size; got=65; want=one width for "
-         "both; do=intermediate_size: 195 for a gated width of 65, or --set model.intermediate_size=65"),
+         "the two MLP matrices different widths, 128 and 96; where=a.yml:1 intermediate_size; got=65; want=one width "
+         "for both; do=intermediate_size: 195 for a gated width of 65, or --set model.intermediate_size=65"),
         ({"mlp_multiple_of": 64, "hidden_size": 80}, "model.intermediate_size", "invalid file: GPT-NeoX gives the two "
          "MLP matrices different widths, 384 and 320; where=a.yml:1 hidden_size; got=80; want=one width for both; "
          "do=intermediate_size: 960 for a gated width of 320, or --set model.intermediate_size=320"),
