@@ -127,3 +127,96 @@ def test_a_single_checkpointed_block_saves_its_input(form, monkeypatch):
     layout = resolve(config, 1)
     plan = activations(config, layout, layout.stages[0])
     assert held_by_autograd(config, monkeypatch) == pytest.approx(plan.saved + plan.logits, rel=0, abs=SEEDS)
+
+
+TOKENS = 3 * 48
+STREAM, QKV, INNER, STATISTICS = TOKENS * 64 * 4, TOKENS * 192 * 4, TOKENS * 160 * 4, TOKENS * 8
+LSE = TOKENS * 4 * 4
+BLOCK = {  # bytes of a block in fp32: norms, attention, MLP
+    "sequential": 4 * STREAM + 2 * STATISTICS + QKV + STREAM + LSE + 2 * INNER,
+    "neox": 3 * STREAM + STATISTICS + QKV + STREAM + LSE + 2 * INNER,
+    "gptj": 2 * STREAM + STATISTICS + QKV + STREAM + LSE + 2 * INNER,
+}
+
+
+def planned(form: str, checkpointing: str = "none", world: int = 1, repeats: int = 1, **parallel):
+    config = make_config(form, checkpointing)
+    train = config.train.model_copy(update={"gradient_accumulation": repeats})
+    over = {"parallel": config.parallel.model_copy(update=parallel), "train": train}
+    config = config.model_copy(update=over)
+    layout = resolve(config, world)
+    return [activations(config, layout, stage) for stage in layout.stages]
+
+
+@pytest.mark.parametrize("form", BLOCK)
+def test_every_stage_of_a_pipeline_saves_its_own_ends(form):
+    """The first has the ids, the last the final norm and, per token, its target and 16 bytes of the loss."""
+    first, middle, last = planned(form, world=3, repeats=8, pipeline=3)
+    assert middle.saved == middle.uncheckpointed == BLOCK[form]
+    assert first.saved == BLOCK[form] + 8 * TOKENS
+    assert last.saved == BLOCK[form] + 2 * STREAM + STATISTICS + 24 * TOKENS
+    assert (first.logits, middle.logits, last.logits) == (0, 0, TOKENS * 512 * 4)
+    assert {act.boundary for act in (first, middle, last)} == {STREAM}
+    assert [act.in_flight for act in (first, middle, last)] == [3, 2, 1]
+    assert [act.resident for act in (first, middle)] == [3 * first.saved, 2 * middle.saved]
+
+
+def test_no_more_micro_batches_are_in_flight_than_a_step_has():
+    assert [act.in_flight for act in planned("neox", world=3, repeats=2, pipeline=3)] == [2, 2, 1]
+    assert [act.in_flight for act in planned("neox", world=3, repeats=1, pipeline=3)] == [1, 1, 1]
+
+
+def test_dropout_of_the_embedding_is_saved_by_the_first_stage():
+    first, middle, _ = planned("dropout", world=3, pipeline=3)
+    assert first.saved - middle.saved == 8 * TOKENS + STREAM
+    checkpointed = [act.saved for act in planned("dropout", "full", world=3, pipeline=3)]
+    assert checkpointed == [2 * STREAM + 8 * TOKENS, STREAM, 3 * STREAM + STATISTICS + 24 * TOKENS]
+
+
+@pytest.mark.parametrize(("form", "less"), [("sequential", 1), ("neox", 1), ("gptj", 1)])
+def test_full_checkpointing_saves_two_streams_of_a_block(form, less):
+    one = planned(form, "full", world=3, pipeline=3)
+    assert one[1].saved == (2 - less) * STREAM and one[1].uncheckpointed == BLOCK[form]
+    assert one[1].recomputed == BLOCK[form] - 2 * STREAM
+    (whole,) = planned(form, "full")
+    shared = 1 if form == "sequential" else 2  # with parallel residuals the second block reads the first one's input
+    ends = 8 * TOKENS + 2 * STREAM + STATISTICS + 24 * TOKENS
+    assert whole.saved == (2 * 3 - shared) * STREAM + ends
+    assert whole.uncheckpointed == 3 * BLOCK[form] + ends
+
+
+def test_selective_checkpointing_leaves_out_what_the_activation_gives():
+    for form, inner in (("sequential", 1), ("llama", 1), ("relu", 0)):
+        plain, selective = (planned(form, how)[0] for how in ("none", "selective"))
+        assert plain.recomputed == 0
+        assert plain.saved - selective.saved == 3 * inner * INNER
+        assert selective.recomputed == inner * INNER and selective.uncheckpointed == plain.uncheckpointed
+
+
+@pytest.mark.parametrize(
+    ("form", "working"),
+    [
+        ("sequential", 2 * QKV + STREAM + 3 * STREAM),  # two rows of 192 and one of 64: more than two of 160
+        ("llama", 3 * INNER + 3 * STREAM),  # two rows of 128 and one of 64 are less than three of 160
+    ],
+)
+def test_temporary_memory_is_that_of_the_larger_half_of_a_block(form, working):
+    assert planned(form)[0].working == working
+
+
+def test_activations_under_every_kind_of_parallelism():
+    (plain,) = planned("sequential")
+    (tensor,) = planned("sequential", world=2, tensor=2)
+    (sequence,) = planned("sequential", world=2, tensor=2, sequence=True)
+    (context,) = planned("sequential", world=2, context=2)
+    ends = 32 * TOKENS + 2 * STREAM + STATISTICS
+    block = 4 * STREAM + 2 * STATISTICS + (QKV + STREAM + LSE) // 2 + INNER
+    assert plain.saved == 3 * BLOCK["sequential"] + ends
+    assert tensor.saved == 3 * block + ends
+    halved = 4 * STREAM // 2 + STATISTICS + (QKV + STREAM + LSE) // 2 + INNER
+    assert sequence.saved == 3 * halved + 32 * TOKENS + STREAM + STATISTICS // 2
+    # every tensor has half of the tokens, and the outputs of the heads are saved before and after the exchange
+    assert context.saved == plain.saved // 2 + 3 * STREAM // 2
+    assert (tensor.boundary, sequence.boundary, context.boundary) == (STREAM, STREAM // 2, STREAM // 2)
+    assert sequence.working == tensor.working == QKV + STREAM // 2 + 3 * STREAM
+    assert (tensor.logits, context.logits) == (TOKENS * 512 * 2, TOKENS * 512 * 2)

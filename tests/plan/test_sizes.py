@@ -117,3 +117,93 @@ def test_a_reward_model_has_no_copy_of_a_tied_embedding():
     assert built(config, 0, 1).tied is None and [stage.tied for stage in layout.stages] == [0, 0]
     rows = [row for stage in layout.stages for row in pipeline_traffic(config, layout, stage)]
     assert [row.what for row in rows] == ["residual stream", "its gradient"]
+
+
+def cut(*overrides: str, world: int, name: str = "llama/3-8B.yml"):
+    batch = ["train.micro_batch_size=3", "train.global_batch_size=null"]
+    config = load_config(name, overrides=[*batch, *overrides])
+    return config, resolve(config, world)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_every_tensor_of_a_micro_batch(dtype):
+    """Llama 3 8B: width 4096, 32 heads of 128 channels over 8 pairs of keys and values, MLP 14336, 128,256 ids."""
+    config, layout = cut("parallel.tensor=4", "parallel.context=2", "data.seq_length=1000", f"precision.dtype={dtype}",
+                         world=16)  # fmt: skip
+    element = 4 if dtype == "fp32" else 2
+    tokens = 3 * 1000 // 2
+    assert vars(micro_batch(config, layout)) == {
+        "tokens": tokens,
+        "element": element,
+        "stream": tokens * 4096 * element,
+        "full_stream": tokens * 4096 * element,
+        "qkv": tokens * (8 + 2 * 2) * 128 * element,
+        "heads": tokens * 8 * 128 * element,
+        "queries_keys": tokens * (8 + 2) * 128 * element,
+        "lse": tokens * 8 * 4,
+        "inner": tokens * 14336 // 4 * element,
+        "logits": tokens * 128_512 // 4 * element,  # rows are a multiple of 4 x 128
+        "statistics": tokens * 4,  # rmsnorm has no mean
+    }
+    assert (layout.tp, layout.pp, layout.cp, layout.dp, layout.replicas, layout.sequence) == (4, 1, 2, 2, 4, False)
+    norm = config.model.model_copy(update={"norm": "layernorm"})
+    assert micro_batch(config.model_copy(update={"model": norm}), layout).statistics == tokens * 8
+
+
+def test_sequence_parallelism_divides_the_stream_and_its_statistics():
+    config, layout = cut("parallel.tensor=4", "parallel.sequence=true", "data.seq_length=1000", world=4)
+    micro = micro_batch(config, layout)
+    assert (micro.tokens, micro.full_stream, micro.stream) == (3000, 3000 * 8192, 750 * 8192)
+    assert (micro.statistics, micro.lse) == (750 * 4, 3000 * 8 * 4) and layout.sequence
+    _, alone = cut("parallel.sequence=true", world=4)
+    assert not alone.sequence and alone.dp == 4
+
+
+def test_a_head_of_keys_and_values_is_not_divided():
+    config, layout = cut("model.num_kv_heads=2", "parallel.tensor=4", world=4)
+    micro = micro_batch(config, layout)
+    assert micro.qkv - micro.heads == 2 * micro.tokens * 128 * micro.element
+
+
+def test_the_stages_of_a_pipeline():
+    options = ("parallel.pipeline=4", "model.tie_embeddings=true", "parallel.partition=[9, 10, 7, 6]")
+    _, layout = cut(*options, world=8)
+    assert [(stage.number, stage.first, stage.end, stage.blocks) for stage in layout.stages] == [
+        (0, 0, 9, 9),
+        (1, 9, 19, 10),
+        (2, 19, 26, 7),
+        (3, 26, 32, 6),
+    ]
+    table = 128_256 * 4096
+    assert [stage.tied for stage in layout.stages] == [0, 0, 0, table]
+    assert [sorted(stage.ends) for stage in layout.stages] == [["embedding.word.weight"], [], [], ["norm.weight"]]
+    assert layout.stages[1].largest == 14336 * 4096 and layout.stages[0].largest == table
+    assert all(stage.trained == stage.parameters and stage.adapted == 0 for stage in layout.stages)
+
+
+def test_the_parameters_of_adapters():
+    options = ("model.lora={rank: 4, targets: [attention.qkv, mlp.down]}", "parallel.tensor=2")
+    config, layout = cut(*options, world=2)
+    (stage,) = layout.stages
+    qkv, down = 3072 * 4096, 4096 * 7168
+    assert stage.adapted == qkv + down
+    lora = 4 * (4096 + 3072) + 4 * (7168 + 4096)
+    assert {name: shape for name, shape in stage.block.items() if "lora" in name} == {
+        "attention.qkv.lora_a": (4, 4096),
+        "attention.qkv.lora_b": (3072, 4),
+        "mlp.down.lora_a": (4, 7168),
+        "mlp.down.lora_b": (4096, 4),
+    }
+    assert stage.trained == 32 * lora and stage.largest == 4 * 7168
+    assert optimizer_elements(config, stage) == 2 * stage.trained
+    assert not any("lora" in name for name in stage.frozen)
+    assert {"embedding.word.weight", "head.weight", "norm.weight", "mlp.down.weight"} <= stage.frozen
+
+
+def test_partitions_of_two_models_are_kept_apart():
+    for layers, sizes in ((4, [2, 2]), (6, [3, 3])):
+        _, layout = cut("parallel.pipeline=2", f"model.num_layers={layers}", "model.vocab_size=128", world=2)
+        assert [stage.blocks for stage in layout.stages] == sizes
+    for how, sizes in (("[1, 5]", [1, 5]), ("[4, 2]", [4, 2])):
+        _, layout = cut("parallel.pipeline=2", "model.num_layers=6", f"parallel.partition={how}", world=2)
+        assert [stage.blocks for stage in layout.stages] == sizes

@@ -6,9 +6,10 @@ import pytest
 
 from neox.config.load import load_config
 from neox.model.shapes import block_parameters
+from neox.plan.communication import traffic
 from neox.plan.devices import find_device
 from neox.plan.fit import estimate
-from neox.plan.time import bandwidth_of, stage_flops
+from neox.plan.time import bandwidth_of, stage_flops, stage_time
 
 H100 = find_device("h100")
 
@@ -106,3 +107,81 @@ def test_the_arithmetic_of_a_step_counts_both_answers_of_a_pair(objective, rows)
     attention = 2 * model.num_layers * model.hidden_size * length
     per_token = 6 * (model.num_layers * block_parameters(model) + head + attention)
     assert found.time.flops == per_token * found.layout.batch.global_batch_size * rows * length
+
+
+def test_the_step_is_as_slow_as_its_slowest_stage():
+    uneven = [
+        made("parallel.pipeline=2", f"parallel.partition={how}", world=2) for how in ("[9, 3]", "[3, 9]", "[6, 6]")
+    ]
+    for found in uneven:
+        each = [
+            stage_time(found.config, found.layout, stage, memory, H100)
+            for stage, memory in zip(found.layout.stages, found.memories, strict=True)
+        ]
+        assert found.time == max(each, key=lambda time: time.total) and each[0].total != each[1].total
+    assert uneven[2].time.total < min(uneven[0].time.total, uneven[1].time.total)
+
+
+@pytest.mark.parametrize(
+    ("window", "keys"), [("null", 1024), (2048, 1024), (4096, 1024), (1, 1 - 1 / 4096), (2, 2 - 4 / 4096)]
+)
+def test_the_mean_number_of_keys_of_a_window(window, keys):
+    """A query reads half of the sequence on average; in a window it reads all of it but at the beginning."""
+    found = made(f"model.sliding_window={window}")
+    (stage,) = found.layout.stages
+    tokens, head = 4 * 2048, 6 * 50304 * 768
+    block = 2 * block_parameters(found.config.model) + 4 * 768 * keys
+    assert stage_flops(found.config, found.layout, stage) == pytest.approx(tokens * (3 * 12 * block + head))
+
+
+def test_arithmetic_is_divided_among_tensor_context_and_pipeline():
+    whole = made().time.executed
+    assert made("parallel.tensor=2", world=2).time.executed * 2 == pytest.approx(whole)
+    assert made("parallel.context=2", world=2).time.executed * 2 == pytest.approx(whole)
+    halves = made("parallel.pipeline=2", "parallel.partition=[6, 6]", world=2)
+    first, last = (stage_flops(halves.config, halves.layout, stage) for stage in halves.layout.stages)
+    assert last - first == pytest.approx(6 * 50304 * 768 * 4 * 2048) and first + last == pytest.approx(whole)
+    assert made("train.gradient_accumulation=3").time.executed == pytest.approx(3 * whole)
+
+
+def test_elementwise_kernels_and_the_update_stream_memory():
+    """Each saved activation is touched three times at 0.8 of the bandwidth, logits four times; recomputed ones again."""
+    for options in ((), ("train.activation_checkpointing=full",), ("train.activation_checkpointing=selective",)):
+        found = made(*options, "train.gradient_accumulation=2")
+        act, memory = found.memories[0].activations, found.memories[0]
+        touched = 3 * (act.uncheckpointed + 12 * act.recomputed) + 4 * act.logits
+        assert found.time.elementwise == pytest.approx(2 * touched / (3.35e12 * 0.8))
+        update = 2 * memory.optimizer + memory.gradients + memory.parameters
+        assert found.time.update == pytest.approx(update / (3.35e12 * 0.8))
+
+
+@pytest.mark.parametrize(("zero", "dtype", "share"), [(0, "fp32", 1), (1, "fp32", 4), (0, "bf16", 4), (2, "bf16", 1)])
+def test_the_update_reads_the_share_of_a_replica(zero, dtype, share):
+    """Stage 0 has no masters and reads all gradients; the effective stage of 16 bits is 1; stage 2 stores the share."""
+    found = made(f"zero.stage={zero}", f"precision.dtype={dtype}", world=4)
+    memory = found.memories[0]
+    update = 2 * memory.optimizer + memory.gradients / share + memory.parameters
+    assert found.time.update == pytest.approx(update / (3.35e12 * 0.8))
+
+
+@pytest.mark.parametrize(("dtype", "peak"), [("fp32", 67e12), ("bf16", 989e12), ("fp16", 989e12)])
+def test_products_run_at_a_fraction_of_the_peak_of_their_dtype(dtype, peak):
+    time = made(f"precision.dtype={dtype}").time
+    assert time.products == pytest.approx(time.executed / (peak * 0.55))
+
+
+def test_messages_go_over_the_link_or_the_network_of_their_group():
+    options = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2", "train.gradient_accumulation=4")
+    for per_node in (1, 2, 4, 8, 16):
+        device = replace(H100, per_node=per_node)
+        found = made(*options, world=16, device=device)
+        times = {"tensor": 0.0, "context": 0.0, "pipeline": 0.0, "data": 0.0}
+        slowest = max(
+            found.layout.stages,
+            key=lambda stage: stage_time(found.config, found.layout, stage, found.memories[stage.number], device).total,
+        )
+        for row in traffic(found.config, found.layout, slowest):
+            reach = {"tensor": 2, "context": 4, "data": 8, "pipeline": 16}[row.axis]
+            times[row.axis] += row.sent / (450e9 if reach <= per_node else 50e9)
+        assert found.time.reduction == pytest.approx(times.pop("data"))
+        assert found.time.messages == pytest.approx(sum(times.values()))
