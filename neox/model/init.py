@@ -40,16 +40,17 @@ def initial_value(config: ModelConfig, name: str, shape: tuple[int, ...], seed: 
 
     Args:
         config: gives the methods and sizes.
-        name: parameter name, such as layers.0.mlp.up.weight.
+        name: parameter name, such as layers.0.mlp.up.weight; of a layer alone its last part, such as bias.
         shape: logical shape.
         seed: train.seed.
     """
-    if name.endswith((".bias", ".lora_b")):  # with B = 0 an adapter changes nothing at first
+    kind = name.rpartition(".")[2]
+    if kind in ("bias", "lora_b"):  # with B = 0 an adapter changes nothing at first
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
     generator = torch.Generator().manual_seed(derive_seed(seed, "init", name))
-    deviation = 1.0 / math.sqrt(shape[-1]) if name.endswith(".lora_a") else standard_deviation(config, name)
+    deviation = 1.0 / math.sqrt(shape[-1]) if kind == "lora_a" else standard_deviation(config, name)
     return torch.empty(shape).normal_(0.0, deviation, generator=generator)
 
 
