@@ -32,13 +32,15 @@ def test_missing_null_and_value_are_three_things():
     ("kind", "right", "wrong"),
     [
         ("count", (1, 2**31 - 1), (0, -1, True, 8.0, "8", 2**31, 10**400, None, [8])),
-        ("index", (0, 5), (-1, False, 0.0, "0", None)),
-        ("number", (0, -1.5, 3), (True, "1", float("nan"), float("inf"), 10**400, None)),
-        ("positive", (1, 1e-9), (0, -1, True, "1", float("nan"))),
+        ("index", (0, 5, 2**31 - 1), (-1, False, 0.0, "0", None, 2**31)),
+        ("number", (0, -1.5, 3, 9.9e29, -9.9e29), (True, "1", float("nan"), float("inf"), 10**400, None, 1e30, -1e30)),
+        ("positive", (1, 1e-9, 9.9e29), (0, -1, True, "1", float("nan"), 1e30)),
+        ("id", (0, -1, 2**31 - 1, 1 - 2**31), (2**31, -(2**31), True, 1.0, "1", [1], None)),
+        ("ids", (0, -1, [], [3, 0, -1]), (2**31, [2**31], [1, True], [1, [2]], "1", {}, None)),
         ("share", (0, 0.5), (1, -0.1, True, "0", None)),
         ("flag", (True, False), (0, 1, "true", None)),
         ("name", ("", "x"), (1, None, ["x"])),
-        ("names", ([], ["x"]), ("x", [1], {"x": 1}, None)),
+        ("names", ([], ["x"]), ("x", [1], ["x", 1], {"x": 1}, None)),
         ("object", ({},), ([], "x", 1, None)),
     ],
 )
@@ -120,3 +122,16 @@ def test_a_linked_file_is_read(tmp_path):
     (tmp_path / "blob").write_text(json.dumps(LLAMA), encoding="utf-8")
     (tmp_path / "config.json").symlink_to("blob")
     assert read_json(tmp_path / "config.json") == LLAMA
+
+
+def test_what_is_wanted_is_named_with_the_file_and_whether_null_is():
+    table = {"a": Key("count", 7), "b": Key("flag", None, nullable=True)}
+    for given, problem in (
+        ({"a": None}, "where=x.json: a; got=null; want=a positive whole number$"),
+        ({"b": 0}, "where=x.json: b; got=0; want=true or false or null$"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            read_keys(table, given, "x.json")
+    assert read_keys(table, {"b": False, "c": "ignored"}) == {"a": 7, "b": False}
+    with pytest.raises(ConfigError, match=r"missing in x\.json; where=x\.json: a; want=a number;"):
+        read_keys({"a": Key("number")}, {}, "x.json")

@@ -23,6 +23,21 @@ def test_qkv_rows_are_grouped_by_key_head():
     assert torch.equal(join_qkv(q, k, v, model), packed)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+def test_one_tensor_has_all_queries_then_all_keys_then_all_values(transpose):
+    model = config(num_kv_heads=2, head_dim=4)
+    packed = torch.arange(2 * 5 * 4 * 3).view(40, 3)
+    rule = contiguous_qkv("a", model, transpose=transpose)
+    (stored,) = rule.split(packed)
+    rows = stored.t() if transpose else stored
+    assert torch.equal(rows, torch.cat(split_qkv(packed, model)))
+    assert torch.equal(rule.join(stored), packed)
+    bias = packed[:, 0]
+    assert torch.equal(contiguous_qkv("a", model, transpose=False).split(bias)[0], rows[:, 0])
+    names = ("p.q_proj.bias", "p.k_proj.bias", "p.v_proj.bias")
+    assert separate_qkv("p", "bias", model).names == names
+
+
 @pytest.mark.parametrize("groups", [1, 2, 6])
 def test_join_inverts_split(groups):
     model = config(num_kv_heads=groups)

@@ -108,3 +108,62 @@ def test_several_models_in_subfolders(tmp_path):
     make(tmp_path, [f"{name}/config.json" for name in "cbade"])
     found = describe(tmp_path)
     assert (found.got, found.do) == ("a, b, c, d", f"pass that folder: --from {tmp_path / 'e'}")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("tf_model.h5", "TensorFlow checkpoint"),
+        ("model.ckpt-7.index", "TensorFlow checkpoint"),
+        ("saved_model.pb", "TensorFlow checkpoint"),
+        ("flax_model.msgpack", "JAX checkpoint"),
+        ("checkpoint_700", "JAX checkpoint"),
+        ("7/_METADATA", "JAX checkpoint"),
+        ("a.nemo", "checkpoint of NeMo"),
+        ("model_weights/x", "checkpoint of NeMo"),
+        ("lit_model.pth", "checkpoint of litgpt"),
+        ("consolidated.pth", "format of Meta or Mistral"),
+        ("consolidated.safetensors", "format of Meta or Mistral"),
+        ("a/b/x.gguf", "model in GGUF"),
+        ("train.jsonl.zst", "dataset"),
+        ("a.parquet", "dataset"),
+        ("b.jsonl", "dataset"),
+        ("iter_12/x.distcp", "Megatron-core"),
+        ("model.w/.zarray", "Megatron-core"),
+        ("mp_rank_00/distrib_optim.pt", "checkpoint of Megatron-LM"),
+        ("mp_rank_00_001_002/model_rng.pt", "checkpoint of Megatron-LM"),
+        ("zero_pp_rank_12_mp_rank_03_optim_states.pt", "DeepSpeed ZeRO"),
+        ("manifest.json", "a run or checkpoint of neox"),
+        ("step_00000012/manifest.json", "a run or checkpoint of neox"),
+        ("checkpoints/step_3/manifest.json", "a run or checkpoint of neox"),
+        ("config.lock.yml", "a run or checkpoint of neox"),
+        ("other/manifest.json", None),
+        ("xgguf", None),
+        ("params.json.old", None),
+        ("checkpoint_x", None),
+        ("config.json", None),
+        ("model.safetensors", None),
+        ("zero/fp32.pt", None),
+    ],
+)
+def test_a_single_file_tells_the_format(name, what, tmp_path):
+    make(tmp_path, [name])
+    found = describe(tmp_path)
+    if what is None:
+        assert found is None
+        return
+    assert what in found.line() and found.where == tmp_path and found.do
+    if "neox" not in what:
+        assert found.got in (name, name.split("/")[0])  # a folder can be what tells
+
+
+def test_links_to_folders_are_not_followed(tmp_path):
+    make(tmp_path / "elsewhere", ["a.gguf"])
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "link").symlink_to(tmp_path / "elsewhere")
+    assert describe(tmp_path / "from") is None
+
+
+def test_a_model_next_to_models_in_subfolders_names_the_subfolders_alone(tmp_path):
+    make(tmp_path, ["config.json", "one/config.json"])
+    assert (describe(tmp_path).got, describe(tmp_path).what) == ("one", "the model is in a subfolder")

@@ -66,6 +66,32 @@ def test_what_torch_save_did_not_make_is_refused(tmp_path, content):
         read_pickle(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "Git LFS pointer instead of the content; where=.*git lfs pull",
+        ),
+        (b"no pickle", "file cannot be read; where=.*; got=a damaged file, or one that torch.save did not write"),
+        (None, "file cannot be read; where=.*; got=No such file or directory; do=copy it again"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path, content, problem):
+    if content is not None:
+        (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=problem):
+        read_pickle(tmp_path / "a.pt")
+
+
+def test_integers_of_a_file_are_no_weights(tmp_path):
+    torch.save({"a": torch.ones(2, dtype=torch.int64), "b": torch.ones(2)}, tmp_path / "1.bin")
+    files = PickledTensors([tmp_path / "1.bin"])
+    assert torch.equal(files.tensor("b"), torch.ones(2))
+    with pytest.raises(CheckpointError, match="where=a; got=int64"):
+        files.tensor("a")
+
+
 def test_a_fifo_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="a FIFO"):

@@ -7,6 +7,7 @@ import json
 import pytest
 from transformers import AutoConfig
 
+from neox.config.schema import SpecialIds
 from neox.convert.special_ids import generation_config, ids_to_json, read_special_ids
 from neox.errors import ConfigError
 
@@ -57,3 +58,41 @@ def test_ids_that_are_not_numbers(value, name, tmp_path):
     write(tmp_path, name, **({"model_type": "llama", **SIZES} if name == "config.json" else {}), eos_token_id=value)
     with pytest.raises(ConfigError, match=f"where={name}: eos_token_id"):
         read_special_ids(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "stop", "ends"),
+    [
+        ({}, 7, {0, 7}),
+        ({"eos_token_id": None}, 7, {7}),
+        ({"eos_token_id": None}, None, set()),
+        ({"eos_token_id": [2, 3]}, [3, 9, 2, 5], {2, 3, 5, 9}),
+    ],
+)
+def test_an_id_of_the_generation_file_is_one_or_several(theirs, stop, ends, tmp_path):
+    write(tmp_path, model_type="stablelm", **SIZES, **theirs)
+    write(tmp_path, "generation_config.json", eos_token_id=stop)
+    ids = read_special_ids(tmp_path)
+    assert ids.ends() == ends
+    own = theirs.get("eos_token_id", 0)
+    assert ids.stop == tuple(sorted(ends - {own} if isinstance(own, int) else ends - set(own or ())))
+
+
+@pytest.mark.parametrize(
+    ("ids", "content"),
+    [
+        (SpecialIds(), {"bos_token_id": None, "eos_token_id": None}),
+        (SpecialIds(bos=0, eos=0, pad=0), {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}),
+        (SpecialIds(bos=1, eos=(4, 2)), {"bos_token_id": 1, "eos_token_id": [4, 2]}),
+        (
+            SpecialIds(bos=1, eos=9, pad=3, stop=(4, 2)),
+            {"bos_token_id": 1, "eos_token_id": [2, 4, 9], "pad_token_id": 3},
+        ),
+        (SpecialIds(eos=(9, 1), stop=(4,)), {"bos_token_id": None, "eos_token_id": [1, 4, 9]}),
+    ],
+)
+def test_an_export_generates_to_the_same_ends(ids, content, tmp_path):
+    assert generation_config(ids) == content
+    write(tmp_path, model_type="llama", **SIZES, **ids_to_json(ids))
+    write(tmp_path, "generation_config.json", **generation_config(ids))
+    assert read_special_ids(tmp_path) == ids.model_copy(update={"stop": tuple(sorted(ids.stop))})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -52,3 +54,22 @@ def test_ranks_hold_the_same_names_and_shapes():
         check_ranks([{"a": GOOD, "b": GOOD}, {"a": GOOD}], "layer 2")
     with pytest.raises(CheckpointError, match=r"\(2, 3\) on rank 0, \(3, 2\) on rank 1"):
         check_ranks([{"a": GOOD}, {"a": GOOD.t()}], "layer 2")
+    with pytest.raises(CheckpointError, match=r"where=layer 2: b; got=missing on rank 2"):
+        check_ranks([{"a": GOOD, "b": GOOD}, {"a": GOOD, "b": GOOD}, {"a": GOOD}], "layer 2")
+    with pytest.raises(CheckpointError, match=r"where=layer 2: b; got=\(2, 3\) on rank 0, \(3, 2\) on rank 2"):
+        check_ranks([{"a": GOOD, "b": GOOD}] * 2 + [{"a": GOOD, "b": GOOD.t()}], "layer 2")
+    with pytest.raises(CheckpointError, match=r"where=layer 2, rank 1: b; got=int32"):
+        check_ranks([{"a": GOOD, "b": GOOD}, {"a": GOOD, "b": GOOD.int()}], "layer 2")
+    check_ranks([], "layer 2")
+
+
+def test_a_nested_tensor_is_not_dense():
+    with pytest.raises(CheckpointError, match="got=nested"), warnings.catch_warnings(action="ignore"):
+        check_tensor(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a")
+
+
+def test_a_part_of_a_larger_memory_is_read():
+    check_tensor(torch.zeros(10)[3:5], "a")
+    check_tensor(torch.zeros(2, 3), "exactly as large as its memory")
+    with pytest.raises(CheckpointError, match=r"got=shape \(2, 2\) over 12 bytes"):
+        check_tensor(torch.zeros(3).as_strided((2, 2), (1, 1)), "a")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from neox.convert.tensor_files import TensorFiles, TensorFileWriter
@@ -62,3 +63,45 @@ def test_damage_is_named(tmp_path):
     path.write_bytes(whole[:-4])
     with pytest.raises(CheckpointError, match="shorter"):
         files.tensor("a")
+
+
+@pytest.mark.parametrize("names", [["a"], [f"é{i}" for i in range(40)], []], ids=["one", "many", "none"])
+def test_data_begins_after_the_header_at_a_multiple_of_64(tmp_path, names):
+    path, tensors = tmp_path / "x.safetensors", {}
+    with TensorFileWriter(path, names) as writer:
+        for i, name in enumerate(names):
+            tensors[name] = torch.arange(8.0).view(1, 2, 1, 2, 1, 2, 1) + i
+            writer.add(name, tensors[name].transpose(1, 3))
+    content = path.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    assert begin % 64 == 0 and len(content) == (begin + 32 * len(names) if names else begin)
+    assert writer.size == 32 * len(names)
+    read, files = load_file(path), TensorFiles([path])
+    assert set(read) == set(names) and files.names() == names
+    for name, tensor in tensors.items():
+        assert torch.equal(read[name], tensor.transpose(1, 3)) and torch.equal(files.tensor(name), read[name])
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
+
+
+def test_what_is_wrong_with_a_file_is_said(tmp_path):
+    for name in ("1.safetensors", "2.safetensors"):
+        save_file({"b": TENSORS["a"]}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"in two files; where=b; got=1\.safetensors, 2\.safetensors"):
+        TensorFiles([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+    with pytest.raises(CheckpointError, match=r"where=.*absent; got=No such file or directory; do=copy the file again"):
+        TensorFiles([tmp_path / "absent"])
+    files = TensorFiles([tmp_path / "1.safetensors"])
+    (tmp_path / "1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"weights cannot be read; where=.*1\.safetensors: b; got=.*No such file"):
+        files.tensor("b")
+    (tmp_path / "2.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n" + b"x" * 200)
+    with pytest.raises(CheckpointError, match=r"Git LFS pointer instead of the content.*; do=git lfs pull"):
+        TensorFiles([tmp_path / "2.safetensors"])
+
+
+def test_a_tensor_read_twice_is_in_memory_of_its_own(tmp_path):
+    save_file({"a": TENSORS["a"]}, tmp_path / "x.safetensors")
+    files = TensorFiles([tmp_path / "x.safetensors"])
+    files.tensor("a").zero_()
+    assert torch.equal(files.tensor("a"), TENSORS["a"])
