@@ -49,8 +49,15 @@ def close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
 def models() -> None:
     """Initial weights, logits, losses and gradients equal those of one process."""
     dist.init_process_group("gloo")
-    mesh = create_mesh(tensor=2)
-    tokens = torch.randint(77, (2, 19), generator=torch.Generator().manual_seed(1))
+    for sequence in (False, True):
+        compare(create_mesh(tensor=2, sequence=sequence))
+    context()
+    dist.destroy_process_group()
+
+
+def compare(mesh: Mesh) -> None:
+    """Every model on this mesh against the one on one process."""
+    tokens = torch.randint(77, (2, 18 if mesh.sequence else 19), generator=torch.Generator().manual_seed(1))
     targets = tokens.roll(-1, 1)
     targets[0, 3] = -100
     for name, options in MODELS.items():
@@ -76,6 +83,8 @@ def models() -> None:
         for model in (single, sharded):  # biases that are added twice or not at all must show
             model.load_weights(weights)
         close(sharded(tokens), single(tokens), f"{name}: logits")
+        ids = torch.arange(tokens.shape[1]).flip(0).expand_as(tokens)
+        close(sharded(tokens, position_ids=ids), single(tokens, position_ids=ids), f"{name}: logits of positions")
         losses = [model(tokens, targets) for model in (single, sharded)]
         close(losses[1], losses[0], f"{name}: losses")
         for loss in losses:
@@ -86,4 +95,23 @@ def models() -> None:
             if not parameter.requires_grad:
                 continue
             close(specs[key].unpad(parameter.grad), specs[key].take(gradients[key]), f"{name}: gradient of {key}")
-    dist.destroy_process_group()
+
+
+def context() -> None:
+    """Each of two processes has half of the sequence: its logits, and the sum of the gradients."""
+    mesh = create_mesh(context=2)
+    tokens = torch.randint(77, (2, 18), generator=torch.Generator().manual_seed(1))
+    targets, mine = tokens.roll(-1, 1), slice(9 * mesh.cp_rank, 9 * mesh.cp_rank + 9)
+    segments = (torch.arange(18) >= 7).int().expand(2, 18)
+    for name, options in MODELS.items():
+        config = ModelConfig(**COMMON, **options)
+        single, part = GPT(config, Mesh.single()), GPT(config, mesh)
+        for documents in (None, segments):
+            want = single(tokens, segment_ids=documents)[:, mine]
+            close(part(tokens[:, mine], segment_ids=documents), want, f"{name}: logits of a part of the sequence")
+        single(tokens, targets).sum().backward()
+        part(tokens[:, mine], targets[:, mine]).sum().backward()
+        for (key, want), (_, got) in zip(single.named_parameters(), part.named_parameters(), strict=True):
+            if got.requires_grad:
+                dist.all_reduce(got.grad)
+                close(got.grad, want.grad, f"{name}: gradient of {key}, context")

@@ -10,7 +10,8 @@ from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
 from neox.model.attention import Attention, Context
 from neox.model.gpt import GPT
-from neox.model.positional import alibi_slopes
+from neox.model.kv_cache import KVCache
+from neox.model.positional import RotaryTable, alibi_slopes
 from neox.ops.attention import MaskCache, MaskSpec
 from neox.parallel.mesh import Mesh
 
@@ -54,6 +55,72 @@ def test_rows_are_queries_then_key_then_value_of_each_group(groups):
     attention, x = build(num_kv_heads=groups), torch.randn(2, 9, 24)
     assert attention.qkv.weight.shape == (groups * (6 // groups + 2) * 4, 24)
     assert torch.allclose(attention(x, Context()).double(), reference(attention, x, groups), atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sliding_window": 1},
+        {"sliding_window": 4},
+        {"sliding_window": 9},
+        {"attention_softcap": 0.7},
+        {"position_embedding": "alibi"},
+        {"sliding_window": 3, "attention_softcap": 0.7, "position_embedding": "alibi"},
+    ],
+)
+@pytest.mark.parametrize("documents", [False, True])
+def test_window_cap_slopes_and_documents(options, documents):
+    attention, x = build(num_kv_heads=2, **options), torch.randn(2, 9, 24)
+    segments = torch.tensor([[0] * 4 + [1] * 5, [0] * 7 + [2] * 2], dtype=torch.int32) if documents else None
+    qkv = (x.double() @ attention.qkv.weight.double().T + attention.qkv.bias.double()).unflatten(-1, (2, 5, 4))
+    distance = torch.arange(9)[:, None] - torch.arange(9)
+    hidden = (distance < 0) | (distance >= options.get("sliding_window", 9))
+    hidden = hidden[None] if segments is None else hidden | (segments[:, :, None] != segments[:, None])
+    slopes = alibi_slopes(6) if "position_embedding" in options else [0.0] * 6
+    heads = []
+    for head in range(6):
+        q, k, v = qkv[:, :, head // 3, head % 3], qkv[:, :, head // 3, 3], qkv[:, :, head // 3, 4]
+        scores = q @ k.transpose(1, 2) / 2
+        if cap := options.get("attention_softcap"):
+            scores = cap * (scores / cap).tanh()
+        heads.append((scores - slopes[head] * distance).masked_fill(hidden, -torch.inf).softmax(-1) @ v)
+    want = torch.cat(heads, -1) @ attention.out.weight.double().T + attention.out.bias.double()
+    assert torch.allclose(attention(x, Context(segment_ids=segments)).double(), want, atol=5e-5)
+
+
+NTK = {"rope_scaling": {"type": "ntk", "factor": 4.0, "original_max_position_embeddings": 8}}
+
+
+def test_rows_of_dynamic_scaling_are_those_of_each_sequence_alone():
+    config = ModelConfig(num_layers=1, hidden_size=24, num_attention_heads=3, vocab_size=5, **NTK)
+    table, cpu = RotaryTable(config), torch.device("cpu")
+    ids = torch.tensor([[*range(12)], [0] * 6 + [*range(6)], [*range(3, 15)]])
+    rows = Context().rotated(table, 0, 12, ids, 15, cpu)
+    for which in ("cos", "sin"):
+        for row, length in enumerate((12, 6, 15)):
+            alone = RotaryTable(config).rows(0, length, None, length, cpu)[which == "sin"]
+            assert torch.equal(getattr(rows, which)[row], alone[ids[row]])
+    assert not torch.equal(rows.cos[0, 5], rows.cos[1, 11])  # the same position in texts of different lengths
+
+
+@pytest.mark.parametrize("case", ["cached", "no ids", "short", "just short"])
+def test_rows_of_dynamic_scaling_are_those_of_the_longest_otherwise(case):
+    config = ModelConfig(num_layers=1, hidden_size=24, num_attention_heads=3, vocab_size=5, **NTK)
+    length = {"short": 7, "just short": 8}.get(case, 12)
+    ids = None if case == "no ids" else torch.tensor([[*range(length)], [0] * (length - 3) + [0, 1, 2]])
+    context = Context(cache=KVCache(20) if case == "cached" else None, segment_ids=torch.ones(1))
+    rows = context.rotated(RotaryTable(config), 0, length, ids, length, torch.device("cpu"))
+    want = RotaryTable(config).rows(0, length, ids, length, torch.device("cpu"))
+    assert torch.equal(rows.cos, want[0]) and torch.equal(rows.sin, want[1])
+    assert rows.cache is context.cache and rows.segment_ids is context.segment_ids
+    assert rows.mask_cache is context.mask_cache
+
+
+def test_a_context_by_itself_rotates_from_position_zero_on():
+    config = ModelConfig(num_layers=1, hidden_size=24, num_attention_heads=3, vocab_size=5)
+    want = RotaryTable(config).rows(0, 7, None, 7, torch.device("cpu"))
+    assert torch.equal(Context.of(config, 7).cos, want[0]) and torch.equal(Context.of(config, 7).sin, want[1])
+    assert Context.of(config.model_copy(update={"position_embedding": "alibi"}), 7).cos is None
 
 
 def test_the_gradients_of_normed_heads_are_joined_in_one_pass():

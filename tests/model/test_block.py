@@ -66,3 +66,34 @@ def test_dropout_is_unbiased_and_off_in_evaluation(form):
         outs = torch.stack([block(x, None, Context())[0] for _ in range(2000)])
         assert block(x, None, Context())[1] is None
     assert (outs.mean(0) - want).abs().max() <= 6 * (outs.std(0) / 2000**0.5).max()
+
+
+@pytest.mark.parametrize("biases", [None, "attention_out_bias", "mlp_bias"])
+@pytest.mark.parametrize("with_delta", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_path_with_dropout_is_the_same_formula(form, with_delta, biases):
+    """A probability at which nothing is dropped, and one at which everything but the stream is."""
+    x, delta = torch.randn(2, 7, 24), torch.randn(2, 7, 24) if with_delta else None
+    total = x if delta is None else x + delta
+    for probability in (1e-12, 1.0):
+        block = build(form, hidden_dropout=0.5, **({} if biases is None else {biases: False})).train()
+        block.dropout = probability
+        with torch.no_grad():
+            stream, rest = block(x, delta, Context())
+            assert rest is None
+            want = formula(block.eval(), form, total) if probability < 0.5 else total
+        assert torch.allclose(stream, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_branch_has_a_mask_of_its_own(form):
+    block = build(form, hidden_dropout=0.5).train()
+    with torch.no_grad():
+        for part in (block.attention.out, block.mlp.down):  # each branch adds its bias alone
+            part.weight.zero_()
+        block.attention.out.bias.fill_(1.0)
+        block.mlp.down.bias.fill_(10.0)
+        stream, _ = block(torch.zeros(4, 50, 24), None, Context())
+    found, counts = stream.unique(return_counts=True)
+    assert found.tolist() == [0.0, 2.0, 20.0, 22.0]
+    assert (counts / stream.numel()).tolist() == pytest.approx([0.25] * 4, abs=0.05)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from neox.config.schema import ModelConfig
 from neox.model import decode
+from neox.model.attention import Context
 from neox.model.gpt import GPT
 from neox.model.kv_cache import KVCache
 from neox.parallel.mesh import Mesh
@@ -117,3 +120,77 @@ def test_gradients_and_dropout_take_the_ordinary_path():
     with torch.no_grad():
         model(torch.arange(1)[None], cache=cache)
     assert cache.decoders == {0: None, 1: None, 2: None}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cached", "gradients", "one_operator"),
+    [
+        (1, 1, False, True),
+        (decode.FEW_TOKENS, 5, False, True),
+        (decode.FEW_TOKENS + 1, 5, False, False),
+        (1, 0, False, False),
+        (1, 5, True, False),
+    ],
+)
+def test_few_new_tokens_after_cached_ones_take_one_operator(tokens, cached, gradients, one_operator):
+    model, cache = model_of("llama"), KVCache(99)
+    cache.length = cached
+    with torch.set_grad_enabled(gradients):
+        layers = decode.decoding_layers(model.layers.values(), tokens, cache)
+    assert [isinstance(layer, decode.BlockDecoder) for layer in layers] == [one_operator] * 3
+    assert one_operator or layers == list(model.layers.values())
+    assert [layer.index for layer in layers] == [0, 1, 2] if one_operator else cache.decoders == {}
+    with torch.no_grad():
+        again = decode.decoding_layers(model.layers.values(), tokens, cache)
+    assert all(a is b for a, b in zip(layers, again, strict=True)) or gradients
+
+
+def turned(weight: torch.Tensor) -> torch.nn.Parameter:
+    """The same values in another order in memory."""
+    return torch.nn.Parameter(weight.detach().t().contiguous().t())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.train(),
+        lambda block: block.to(torch.float16),
+        lambda block: block.to(torch.float64),
+        lambda block: block.to("meta"),
+        lambda block: setattr(block, "mesh", dataclasses.replace(block.mesh, tp=2)),
+        lambda block: setattr(block, "mesh", dataclasses.replace(block.mesh, cp=2)),
+        lambda block: setattr(block.attention, "backend", "hopper"),
+        lambda block: setattr(block.mlp, "activation", "silu"),
+        *(
+            lambda block, part=part: block.get_submodule(part).add_adapter(2, 1.0)
+            for part in ("attention.qkv", "attention.out", "mlp.gate", "mlp.up", "mlp.down")
+        ),
+        lambda block: setattr(block.mlp.down, "weight", turned(block.mlp.down.weight)),
+    ],
+)
+def test_blocks_that_the_operator_does_not_compute(change):
+    block = model_of("llama").layers["1"]
+    assert decode.BlockDecoder.supports(block)
+    change(block)
+    assert not decode.BlockDecoder.supports(block)
+
+
+@pytest.mark.parametrize("backend", ["auto", "native"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_that_the_operator_computes(backend, dtype):
+    for form in FORMS:
+        assert decode.BlockDecoder.supports(model_of(form, dtype, attention_backend=backend).layers["0"])
+
+
+def test_a_decoder_needs_a_cache():
+    block = model_of("llama").layers["0"]
+    with pytest.raises(ValueError, match="needs a context with a cache"):
+        decode.BlockDecoder(block)(torch.zeros(1, 1, 48), None, Context())
+
+
+def test_parameters_are_found_by_their_dotted_names():
+    block = model_of("llama").layers["0"]
+    found = decode.find_parameter(block, "mlp.up.weight")
+    assert torch.equal(found, block.mlp.up.weight) and not found.requires_grad
+    for name in ("norm1.bias", "attention.query_norm.weight", "mlp.up", "nothing.weight", "mlp.gate.bias"):
+        assert decode.find_parameter(block, name) is None

@@ -187,3 +187,84 @@ def test_bf16_follows_fp32(form):
 def test_unknown_activation_checkpointing():
     with pytest.raises(ConfigError, match="activation checkpointing"):
         GPT(ModelConfig(**SIZES), Mesh.single("meta"), activation_checkpointing="some")
+
+
+@pytest.mark.parametrize(("mode", "runs"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_blocks_run_again_in_the_backward_in_full_checkpointing_only(mode, runs):
+    model, calls = GPT(ModelConfig(**SIZES), activation_checkpointing=mode), []
+    for name, block in model.layers.items():
+        block.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    assert [block.mlp.recompute for block in model.layers.values()] == [mode == "selective"] * 2
+    model(draw(1, 5), draw(1, 5)).sum().backward()
+    assert sorted(calls) == sorted(["0", "1"] * runs)
+    calls.clear()
+    with torch.no_grad():
+        model(draw(1, 5))
+    assert calls == ["0", "1"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_stage_has_its_own_part_of_the_model(tied):
+    config = ModelConfig(**SIZES | {"num_layers": 6, "tie_embeddings": tied})
+    stages = [GPT(config, Mesh(pp=3, rank=rank), partition=[1, 2, 3]) for rank in range(3)]
+    assert [list(stage.layers) for stage in stages] == [["0"], ["1", "2"], ["3", "4", "5"]]
+    assert [block.attention.index for block in stages[1].layers.values()] == [1, 2]
+    assert [stage.embedding is not None for stage in stages] == [True, False, False]
+    assert [stage.norm is not None for stage in stages] == [False, False, True]
+    assert [stage.head is not None for stage in stages] == [False, False, not tied]
+    assert [stage.tied is not None for stage in stages] == [False, False, tied]
+    tokens, whole = draw(2, 9), GPT(config)
+    received = None
+    with torch.no_grad():
+        for stage in stages:
+            assert stage.boundary_shape(tokens) == (2, 9, 48)
+            received = stage(tokens, received=received)
+        assert torch.allclose(received, whole(tokens), atol=1e-5)
+    assert GPT(config, Mesh(pp=3, tp=2, sequence=True, device=torch.device("meta"))).boundary_shape(draw(3, 8)) == (
+        3,
+        4,
+        48,
+    )
+
+
+def test_positions_follow_those_of_the_cache_and_of_earlier_context_ranks():
+    model, tokens = build("gpt2").eval(), draw(1, 6)
+    seen = []
+    model.embedding.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    cache = KVCache(9)
+    cache.length = 3
+    model.mesh = Mesh(cp=4, rank=2)
+    with torch.no_grad():
+        model(tokens)
+        with pytest.raises(KeyError):  # decoders read what no layer has stored
+            model(tokens[:, :1], cache=cache)
+    assert seen == [12, 3]
+
+
+def test_a_reward_model_in_bf16_scores_in_fp32():
+    model, tokens = GPT(ModelConfig(**SIZES, output="score")).bfloat16(), draw(2, 5)
+    assert (model(tokens).shape, model(tokens).dtype) == ((2, 5, 1), torch.float32)
+    assert torch.equal(model(tokens, tokens), model(tokens).view(10)) and model.head is None
+    tied = GPT(ModelConfig(**SIZES, output="score", tie_embeddings=True), Mesh(pp=2, rank=1))
+    assert tied.score is not None and tied.tied is None
+
+
+def test_ids_on_a_gpu_are_read_in_evaluation_unless_they_were_checked(monkeypatch):
+    read = []
+    monkeypatch.setattr("neox.model.gpt.check_inputs", lambda *_, read_on_gpu: read.append(read_on_gpu))
+    model = build("neox")
+    for training, checked in ((True, False), (True, True), (False, False), (False, True)):
+        model.train(training)(draw(1, 3), checked=checked)
+    assert read == [False, False, True, False]
+
+
+def test_the_gradient_that_is_expected_changes_no_result():
+    results = []
+    for expected in (None, 0.25, 0.5):
+        model = build("neox")
+        loss = model(draw(2, 5), draw(2, 5), expected_dloss=expected)
+        (loss.sum() * 0.25).backward()
+        results.append((loss.detach(), model.head.weight.grad))
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.allclose(gradient, results[0][1], atol=1e-6)

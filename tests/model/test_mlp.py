@@ -66,3 +66,19 @@ def test_recomputation_stores_less_and_changes_nothing(activation):
         gradients.append([parameter.grad for parameter in mlp.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert kept[1] <= kept[0] - 64 * 23 * 4
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu", "geglu"])
+def test_recomputation_gives_the_same_output(activation, partial):
+    x = torch.randn(3, 16)
+    plain, recomputed = (build(activation, True, recompute)(x, partial) for recompute in (False, True))
+    assert torch.equal(plain, recomputed)
+    assert torch.equal(plain + (build(activation, True).down.bias if partial else 0), build(activation, True)(x))
+
+
+def test_nothing_is_recomputed_without_gradients(monkeypatch):
+    monkeypatch.setattr("neox.model.mlp.checkpoint", lambda *_, **__: pytest.fail("recomputation without gradients"))
+    with torch.no_grad():
+        build("gelu", True, recompute=True)(torch.ones(2, 16))
+    build("gelu", True)(torch.ones(2, 16))

@@ -22,6 +22,36 @@ def test_one_stage_is_the_model():
     assert torch.equal(pipeline.token_losses(model, tokens, tokens), model(tokens, tokens))
 
 
+def test_documents_positions_and_a_cache_reach_the_model():
+    model, tokens = build("gpt2").eval(), draw(2, 9)
+    options = {
+        "segment_ids": (torch.arange(9) >= 4).int().expand(2, 9),
+        "position_ids": torch.tensor([[*range(4), *range(5)]] * 2),
+    }
+    with torch.no_grad():
+        plain, want = model(tokens), model(tokens, **options)
+        for key, value in options.items():
+            assert torch.equal(pipeline.logits(model, tokens, **{key: value}), model(tokens, **{key: value}))
+        assert torch.equal(pipeline.logits(model, tokens, **options), want) and not torch.equal(plain, want)
+        cache = KVCache(9)
+        pipeline.logits(model, tokens[:, :5], cache=cache)
+        assert cache.length == 5
+        assert torch.allclose(pipeline.logits(model, tokens[:, 5:], cache=cache), plain[:, 5:], atol=2e-5)
+    half = build("gpt2").bfloat16()
+    assert pipeline.logits(half, tokens).dtype == torch.bfloat16
+    assert pipeline.token_losses(half, tokens, tokens).dtype == torch.float32
+
+
+@pytest.mark.parametrize("run", [pipeline.logits, lambda *given, **o: pipeline.token_losses(*given, draw(1, 3), **o)])
+def test_ids_are_checked_unless_the_caller_did(run, monkeypatch):
+    read = []
+    monkeypatch.setattr("neox.model.gpt.check_inputs", lambda *_, read_on_gpu: read.append(read_on_gpu))
+    model = build("neox").eval()
+    for checked in (False, True):
+        run(model, draw(1, 3), checked=checked)
+    assert read == [True, False]
+
+
 def test_a_reward_model_has_no_token_losses():
     model = GPT(ModelConfig(**SIZES, output="score"))
     assert torch.equal(pipeline.logits(model, draw(1, 5)), model(draw(1, 5)))

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from neox.config.schema import ModelConfig
 from neox.errors import ConfigError
 from neox.model.positional import PositionEmbedding, RotaryTable, alibi_slopes
+from neox.parallel.mesh import Mesh
 
 SIZES = {"num_layers": 1, "hidden_size": 48, "num_attention_heads": 4, "vocab_size": 10, "max_position_embeddings": 100}
 CPU = torch.device("cpu")
@@ -65,3 +68,55 @@ def test_alibi_slopes():
     assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
     assert alibi_slopes(1) == [2.0**-8]
     assert alibi_slopes(6) == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
+
+
+def published_slopes(n: int) -> list[float]:
+    """The code of the authors (arXiv:2108.12409, appendix)."""
+
+    def of_a_power(n: int) -> list[float]:
+        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
+        return [start * start**i for i in range(n)]
+
+    if math.log2(n).is_integer():
+        return of_a_power(n)
+    closest = 2 ** math.floor(math.log2(n))
+    return of_a_power(closest) + published_slopes(2 * closest)[0::2][: n - closest]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 7, 8, 12, 16, 20, 40, 71, 112])
+def test_slopes_are_those_of_the_authors(heads):
+    assert alibi_slopes(heads) == pytest.approx(published_slopes(heads), rel=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 99, 100])
+def test_a_table_has_all_positions_up_to_the_longest(length):
+    table, whole = RotaryTable(ModelConfig(**SIZES)), RotaryTable(ModelConfig(**SIZES)).rows(0, 100, None, 100, CPU)
+    for start in (0, length - 1):
+        cos, sin = table.rows(start, length - start, None, length, CPU)
+        assert torch.equal(cos, whole[0][start:length]) and torch.equal(sin, whole[1][start:length])
+    ids = torch.tensor([[length - 1, 0]])
+    cos, sin = table.rows(0, 2, ids, length, CPU)
+    assert torch.equal(cos, whole[0][ids]) and torch.equal(sin, whole[1][ids])
+
+
+def test_scaling_base_and_share_of_the_config_reach_the_table():
+    scaling = {"type": "linear", "factor": 4.0}
+    config = ModelConfig(**SIZES, rotary_pct=0.5, rope_theta=500.0, rope_scaling=scaling)
+    cos, _ = RotaryTable(config).rows(0, 9, None, 9, CPU)
+    want = torch.tensor([[angle(position / 4, channel, 6, 500.0) for channel in range(6)] for position in range(9)])
+    assert torch.allclose(cos, want.cos(), atol=1e-6)
+    static = RotaryTable(ModelConfig(**SIZES, rope_scaling={"type": "ntk", "factor": 2.0}))
+    assert not static.dynamic and static.original_length is None
+    assert torch.equal(static.rows(0, 9, None, 9, CPU)[0], static.rows(0, 9, None, 90, CPU)[0])
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_the_gradient_of_positions_is_summed_under_sequence_parallelism(sequence):
+    table = PositionEmbedding(9, 4, Mesh(tp=2, sequence=sequence), dtype=torch.bfloat16)
+    spec = table.sharding["weight"]
+    assert (spec.partial, spec.dim, spec.slices, table.weight.dtype) == (
+        sequence,
+        None,
+        ((0, 9), (0, 4)),
+        torch.bfloat16,
+    )

@@ -32,6 +32,8 @@ FORMS = {
         "mlp_bias": False,
         "qk_norm": True,
     },
+    "reward": {"output": "score", "tie_embeddings": True, "mlp_bias": False, "head_dim": 6},
+    "adapters": {"lora": {"rank": 3, "targets": ["attention.out", "mlp.gate", "mlp.up"]}, "attention_out_bias": False},
 }
 
 
@@ -81,3 +83,30 @@ def test_the_last_stage_of_a_tied_model_copies_the_table():
     last.tied(torch.ones(1, 2, 32, requires_grad=True)).sum().backward()
     assert torch.equal(last.tied.take_gradient(), torch.full((56, 32), 4.0)) and last.tied.weight.grad is None
     assert not last.tied.take_gradient().any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", [{}, {"head_dim": 6, "intermediate_size": 50}, {"sliding_window": 7}])
+def test_flops_are_those_of_the_matrices_and_of_every_score(form, options):
+    """2 per multiply-add, three times: forward, and two products backward."""
+    config = ModelConfig(**SIZES | FORMS[form] | options)
+    blocks = {name: shape for name, shape in logical_shapes(config).items() if name.startswith("layers.")}
+    matrices = sum(math.prod(shape) for name, shape in blocks.items() if len(shape) == 2 and "lora" not in name)
+    head = 32 * (1 if form == "reward" else 50)
+    for length in (5, 7, 16):
+        keys = min(length, options.get("sliding_window", length))
+        scores_and_values = 2 * 6 * 4 * config.head_dim * keys
+        assert flops_per_token(config, length) == 6 * (matrices + head + scores_and_values)
+
+
+def test_parameters_of_published_models():
+    """Sizes that their authors give: GPT-2, Llama 2 7B, Qwen3 0.6B (both with one copy of the table and with two)."""
+    gpt2 = {"position_embedding": "learned", "tie_embeddings": True, "max_position_embeddings": 1024}
+    no_biases = {"qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}
+    llama = {"norm": "rmsnorm", "activation": "swiglu"} | no_biases
+    sizes = {"num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008}
+    small = {"num_layers": 28, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 3072}
+    qwen = {"num_kv_heads": 8, "head_dim": 128, "qk_norm": True, "tie_embeddings": True}
+    assert num_parameters(ModelConfig(vocab_size=50257, **gpt2)) == 124_439_808
+    assert num_parameters(ModelConfig(vocab_size=32000, **llama, **sizes)) == 6_738_415_616
+    assert num_parameters(ModelConfig(vocab_size=151936, **llama, **small, **qwen)) == 596_049_920

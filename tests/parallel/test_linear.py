@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neox.errors import ConfigError
-from neox.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from neox.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_products, reduce_partial
 from neox.parallel.mesh import Mesh
 
 
@@ -55,3 +55,61 @@ def test_shards_are_rows_and_columns_of_complete_units():
 def test_units_are_not_divided():
     with pytest.raises(ConfigError, match=r"model\.num_kv_heads is not a multiple.*3 over 2"):
         ColumnParallelLinear(7, 30, member(0), units=3, what="model.num_kv_heads", bias=False, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("kind", [ColumnParallelLinear, RowParallelLinear])
+def test_an_adapter_is_cut_as_its_weight_is(kind):
+    """The factor that is not cut gets a part of its gradient on each process."""
+    layer = kind(12, 20, member(1), units=4, what="x", bias=False, dtype=torch.bfloat16)
+    layer.add_adapter(3, 0.5)
+    a, b = layer.sharding["lora_a"], layer.sharding["lora_b"]
+    assert (a.shape, b.shape) == ((3, 12), (20, 3))
+    if kind is ColumnParallelLinear:
+        assert (a.slices, a.dim, a.partial) == (((0, 3), (0, 12)), None, True)
+        assert (b.slices, b.dim, b.partial) == (((10, 20), (0, 3)), 0, False)
+    else:
+        assert (a.slices, a.dim, a.partial) == (((0, 3), (6, 12)), 1, False)
+        assert (b.slices, b.dim, b.partial) == (((0, 20), (0, 3)), None, True)
+    assert (layer.lora_a.shape, layer.lora_b.shape) == (a.local_shape, b.local_shape)
+    assert layer.lora_a.dtype == layer.lora_b.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [ColumnParallelLinear, RowParallelLinear])
+def test_an_adapter_is_added_to_the_weight_by_its_scale(kind):
+    layer = kind(7, 6, Mesh.single(), units=1, what="x", bias=True, dtype=torch.float32)
+    filled(layer)
+    assert layer.matrix() is layer.weight and layer.scale == 0.0
+    layer.add_adapter(2, 0.25)
+    filled(layer)
+    want = layer.weight + 0.25 * layer.lora_b @ layer.lora_a
+    x = torch.randn(2, 5, 7)
+    torch.testing.assert_close(layer.matrix(), want)
+    torch.testing.assert_close(layer(x), x @ want.T + layer.bias)
+    bare = layer(x, partial=True) if kind is RowParallelLinear else layer(x, add_bias=False)
+    torch.testing.assert_close(bare, x @ want.T)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_the_bias_after_the_sum_is_partial_under_sequence_parallelism(sequence):
+    """Each process then adds it to its own tokens."""
+    mesh = dataclasses.replace(member(0), sequence=sequence)
+    row = RowParallelLinear(20, 7, mesh, units=4, what="x", bias=True, dtype=torch.float32)
+    column = ColumnParallelLinear(20, 8, mesh, units=4, what="x", bias=True, dtype=torch.float32)
+    assert (row.sharding["bias"].partial, row.sharding["weight"].partial) == (sequence, False)
+    assert not column.sharding["bias"].partial and not column.sharding["weight"].partial
+    assert ColumnParallelLinear(2, 8, mesh, units=4, what="x", bias=False, dtype=torch.float32).bias is None
+
+
+@pytest.mark.parametrize("kind", [ColumnParallelLinear, RowParallelLinear])
+def test_units_that_the_group_does_not_divide_are_named(kind):
+    with pytest.raises(ConfigError, match=r"model\.heads is not a multiple.*got=3 over 2"):
+        kind(30, 30, member(0), units=3, what="model.heads", bias=False, dtype=torch.float32)
+
+
+def test_products_without_a_group_are_those_of_each_weight():
+    x, weights = torch.randn(2, 5, 7), (torch.randn(3, 7), torch.randn(4, 7))
+    biases = (None, torch.randn(4))
+    products = column_products(x, Mesh.single(), weights, biases)
+    for product, weight, bias in zip(products, weights, biases, strict=True):
+        torch.testing.assert_close(product, torch.nn.functional.linear(x, weight, bias))
+    assert reduce_partial(x, Mesh.single()) is x

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh, create_mesh, split_evenly
@@ -60,3 +62,64 @@ def test_sizes_below_one_and_above_the_world_are_refused(sizes):
 
 def test_sequence_parallelism_needs_a_tensor_group():
     assert not create_mesh(sequence=True).sequence
+
+
+@pytest.fixture
+def world():
+    """Form a world of which this process is one rank; its groups exist, and transfer nothing."""
+
+    def form(rank: int, size: int) -> None:
+        dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+
+    yield form
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank", [0, 5, 14, 23])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 3, 2, 2),
+        (24, 1, 1, 1),
+        (1, 24, 1, 1),
+        (1, 1, 24, 1),
+        (1, 1, 1, 24),
+        (4, 6, 1, 1),
+        (1, 1, 6, 4),
+        (2, 1, 4, 3),
+    ],
+)
+def test_groups_are_the_processes_along_their_axes(world, sizes, rank):
+    tp, pp, dp, cp = sizes
+    world(rank, 24)
+    mesh = create_mesh(tp, pp, "meta", context=cp)
+    assert (mesh.tp, mesh.pp, mesh.dp, mesh.cp, mesh.rank, mesh.device.type) == (*sizes, rank, "meta")
+    grid = torch.arange(24).view(pp, dp, cp, tp)
+    place = dict(zip(("pp", "dp", "cp", "tp"), (grid == rank).nonzero()[0].tolist(), strict=True))
+    axes = {"tp": ("tp",), "pp": ("pp",), "dp": ("dp",), "cp": ("cp",), "replica": ("dp", "cp"), "model": ("pp", "tp")}
+    for name, free in axes.items():
+        want = grid[tuple(slice(None) if axis in free else place[axis] for axis in place)].flatten().tolist()
+        group = getattr(mesh, f"{name}_group")
+        assert (None if group is None else dist.get_process_group_ranks(group)) == (want if len(want) > 1 else None)
+    assert mesh.replica_group is (mesh.dp_group if cp == 1 else mesh.cp_group if dp == 1 else mesh.replica_group)
+    assert (mesh.model_group is mesh.tp_group) == (pp == 1)
+
+
+def test_sequence_parallelism_is_that_of_a_tensor_group(world):
+    world(1, 4)
+    assert create_mesh(2, sequence=True).sequence and not create_mesh(2).sequence
+    assert not create_mesh(1, 2, sequence=True).sequence
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (2, 1, 4), (1, 8, 1), (2, 2, 2)])
+def test_layouts_that_the_world_does_not_divide_are_named(world, sizes):
+    world(0, 4)
+    tensor, pipeline, context = sizes
+    suffix = f", context={context}" if context > 1 else ""
+    with pytest.raises(ConfigError, match=f"got=4 processes, tensor={tensor}, pipeline={pipeline}{suffix};"):
+        create_mesh(tensor, pipeline, context=context)
+
+
+def test_a_mesh_of_a_single_process_is_on_its_device():
+    assert Mesh.single().device == torch.device("cpu") and Mesh.single("meta").device == torch.device("meta")
+    assert create_mesh(device="meta") == Mesh.single("meta")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 
@@ -62,3 +64,36 @@ def test_equal_streams_draw_and_save_nothing(monkeypatch):
 
 def test_dropout_differs_over_the_context_group():
     assert len({first_draw(Mesh(cp=2, dp=2, rank=rank)) for rank in range(4)}) == 4
+
+
+def test_a_seed_is_the_hash_of_its_path():
+    """Written out, so that no release changes the masks of a run."""
+    for seed, path in ((0, ()), (7, ("a",)), (7, ("a", 3, "b"))):
+        digest = hashlib.sha256("/".join(map(str, (seed, *path))).encode()).digest()
+        assert derive_seed(seed, *path) == int.from_bytes(digest[:8], "little") // 2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "path"),
+    [
+        (member(dp_rank=1, pp_rank=1), ("dropout", 1, 1)),
+        (member(tp_rank=1), ("dropout", 0, 0)),
+        (member(pp_rank=1), ("dropout", 1, 0)),
+        (Mesh(cp=2, dp=2, rank=3), ("dropout", 0, 1, 1)),
+    ],
+)
+def test_the_default_generator_is_seeded_by_the_place_in_the_mesh(mesh, path):
+    seed_default_generators(7, mesh)
+    assert torch.initial_seed() == derive_seed(7, *path)
+
+
+def test_a_stream_advances_the_default_generator_by_one_draw_and_ends_on_errors():
+    torch.manual_seed(5)
+    drawn = int(torch.randint(2**62, (1,)))
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    with pytest.raises(KeyError), tensor_parallel_stream(Mesh(tp=3, rank=2), torch.device("cpu")):
+        assert torch.initial_seed() == derive_seed(drawn, "tensor", 2)
+        torch.rand(10)
+        raise KeyError
+    assert torch.equal(torch.rand(3), want)

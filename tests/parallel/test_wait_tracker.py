@@ -40,3 +40,15 @@ def test_every_group_outlasts_the_watchdog(tmp_path):
 
 def test_one_process_has_no_timeouts_to_raise():
     raise_group_timeouts(1200.0)
+
+
+def test_a_section_within_a_section_does_not_end_the_outer_one():
+    waits, seen = WaitTracker(), []
+    for _ in range(2):  # and it can be entered again
+        seen.append(waits.waiting)
+        with waits():
+            seen.append(waits.waiting)
+            with waits():
+                seen.append(waits.waiting)
+            seen.append(waits.waiting)
+    assert seen == [False, True, True, True] * 2 and not waits.waiting
