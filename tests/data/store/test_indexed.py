@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import resource
 import shutil
 import struct
@@ -437,3 +438,32 @@ def test_an_abandoned_writer_that_resumed_leaves_nothing(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     IndexedWriter(tmp_path / "a", "uint16", resume=progress).abandon()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("prefix", ["", ".", "..", "folder/", "folder/.", "folder/.."])
+def test_a_dataset_without_a_name_is_refused_before_anything_is_made(tmp_path, monkeypatch, prefix):
+    monkeypatch.chdir(tmp_path)
+    for use in (IndexedDataset, lambda name: IndexedWriter(name, "uint16")):
+        with pytest.raises(DataError, match=rf"name of a dataset is missing; where={re.escape(prefix) or repr('')}; "):
+            use(prefix)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_without_a_folder_is_in_the_current_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with IndexedWriter("d", "uint16") as writer:
+        writer.add_document([1])
+    assert sorted(os.listdir()) == ["d.bin", "d.idx", "d.json"]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_either_file_is_an_existing_dataset(tmp_path, suffix, dangling):
+    path = tmp_path / f"d{suffix}"
+    if dangling:
+        path.symlink_to("nowhere")
+    else:
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=rf"dataset already exists; where=.*d\{suffix}; do=.*--overwrite"):
+        IndexedWriter(tmp_path / "d", "uint16")
+    assert list(tmp_path.iterdir()) == [path]
