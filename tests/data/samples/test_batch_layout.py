@@ -24,3 +24,4 @@ def test_ranks_lie_as_in_the_mesh():
     layout = BatchLayout(2, dp=3, tp=2, cp=2)
     of_one_stage = [0] * 4 + [1] * 4 + [2] * 4
     assert [layout.dp_rank(rank) for rank in range(24)] == of_one_stage * 2
+    assert [BatchLayout(2, dp=3).dp_rank(rank) for rank in range(6)] == [0, 1, 2] * 2  # neither is parallel

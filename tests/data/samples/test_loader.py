@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import queue
 import threading
 import time
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from neox.data.samples import loader as module
 from neox.data.samples.blend import BlendedDataset
-from neox.data.samples.loader import Loader, positions_in_documents
+from neox.data.samples.loader import Loader, positions_in_documents, take
 from neox.data.samples.order import EpochDataset, GptNeoxOrderDataset, gpt_neox_order
 from neox.data.samples.sample import BatchArrays, Sample
 from neox.errors import DataError
@@ -234,6 +236,9 @@ def test_a_dropped_loader_ends_its_thread():
         {"micro_batch_size": 1, "dp_rank": 1},
         {"micro_batch_size": 1, "start": -1},
         {"micro_batch_size": 1, "gradient_accumulation": 0},
+        {"micro_batch_size": 1, "dp_rank": -1},
+        {"micro_batch_size": 1, "dp_size": 0},
+        {"micro_batch_size": 1, "prefetch": -1},
     ],
 )
 def test_bad_sizes_are_refused(options):
@@ -300,3 +305,61 @@ def test_retained_batches_do_not_change(corpus):
                 (batch.position_ids, again.position_ids),
             ):
                 assert torch.equal(one, other)
+
+
+def test_the_thread_of_a_loader_ends_with_it_and_does_not_hold_up_the_process():
+    before = set(threading.enumerate())
+    with Loader(Numbers(), micro_batch_size=1) as loader:
+        next(loader)
+        (own,) = set(threading.enumerate()) - before
+        assert own.daemon
+    assert not own.is_alive()
+    loader.close()
+    with pytest.raises(ValueError, match="loader is closed"):
+        next(loader)
+    with Loader(Numbers(), micro_batch_size=1, prefetch=0) as loader:
+        assert not set(threading.enumerate()) - before and loader.consumed == 0
+    with pytest.raises(ValueError, match="loader is closed"):
+        next(loader)
+
+
+def test_a_thread_that_died_is_an_error_after_what_it_left(monkeypatch):
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.001)
+    ready, thread = queue.Queue(), threading.Thread(target=lambda: None)
+    thread.start()
+    thread.join()
+    ready.put(["the last step"])
+    assert take(ready, thread) == ["the last step"]
+    found = take(ready, thread)
+    assert isinstance(found, RuntimeError) and "the loader's thread died" in str(found)
+
+
+@pytest.mark.parametrize("vocab_size", [13, 14])
+def test_ids_of_single_samples_are_checked_and_located(vocab_size):
+    """Sample 8 is 8 to 12, sample 9 is 9 to 13: in the second row, as a target only."""
+    loader = Loader(Numbers(), micro_batch_size=2, start=8, prefetch=0, vocab_size=vocab_size)
+    if vocab_size == 14:
+        assert next(loader)[0].targets[1].tolist() == [10, 11, 12, 13]
+        return
+    with pytest.raises(DataError, match=r"where=numbers\.bin document 9 offset 4; got=id 13; want=0 to 12"):
+        next(loader)
+
+
+def test_without_a_vocabulary_no_id_is_checked(make_dataset):
+    dataset = EpochDataset(make_dataset([[1, 2, 60_000, 3]]), (0, 1), 3, seed=1)
+    assert next(Loader(dataset, micro_batch_size=1, prefetch=0))[0].tokens.tolist() == [[1, 2, 60_000]]
+    assert next(Loader(dataset, micro_batch_size=1, prefetch=0, vocab_size=60_001))[0].targets[0, 1] == 60_000
+
+
+def test_single_samples_give_the_fields_that_they_have():
+    class Marked(Numbers):
+        def __getitem__(self, index: int) -> Sample:
+            return Sample(np.arange(index, index + 5), np.array([0, 0, 1, 1], dtype=np.int32), None, index % 4)
+
+    (batch,) = next(Loader(Marked(), micro_batch_size=3, start=5, prefetch=0))
+    assert batch.ends.tolist() == [1, 2, 3] and batch.ends.dtype == batch.sample_ids.dtype == torch.int64
+    assert batch.sample_ids.tolist() == [5, 6, 7] and batch.reference is None
+    assert batch.segment_ids.tolist() == [[0, 0, 1, 1]] * 3 and batch.segment_ids.dtype == torch.int32
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1]] * 3
+    (plain,) = next(Loader(Numbers(), micro_batch_size=1, prefetch=0))
+    assert plain.ends is plain.segment_ids is plain.position_ids is plain.reference is None

@@ -16,6 +16,7 @@ from neox.data.samples.order import (
     order_types,
     split_ranges,
 )
+from neox.data.samples.sample import BatchArrays
 from neox.errors import ConfigError, DataError
 from tests.data.samples.gpt_neox_arrays import GPT_NEOX, assert_equal
 
@@ -311,3 +312,77 @@ def test_split_rounds_as_upstream(split, count, wanted):
 def test_bad_splits_are_config_errors(split):
     with pytest.raises(ConfigError, match=r"cannot parse the split; where=data\.split"):
         split_ranges(split, 10)
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_the_seeds_of_the_shuffle_are_all_of_numpys(seed):
+    sizes = np.arange(1, 30, dtype=np.int32)
+    doc_idx, _, shuffle_idx = gpt_neox_order(sizes, np.arange(29), 8, 10, seed)
+    random = np.random.RandomState(seed)
+    documents, samples = np.arange(29, dtype=np.int32), np.arange((435 - 1) // 8, dtype=np.uint32)
+    random.shuffle(documents)
+    random.shuffle(samples)
+    assert doc_idx.tolist() == documents.tolist() and shuffle_idx.tolist() == samples.tolist()
+    with pytest.raises(ConfigError, match="got=-1"):
+        gpt_neox_order(sizes, np.arange(29), 8, 10, -1)
+
+
+def test_sizes_of_any_integer_type_give_the_same_order():
+    sizes = [5, 0, 9, 30]
+    wanted = gpt_neox_order(np.array(sizes, dtype=np.int32), np.arange(1, 4), 4, 20, 1)
+    for given in (sizes, np.array(sizes), np.array(sizes, dtype=np.uint16)):
+        found = gpt_neox_order(given, [1, 2, 3], 4, 20, 1)
+        assert all(
+            np.array_equal(one, other) and one.dtype == other.dtype for one, other in zip(found, wanted, strict=True)
+        )
+
+
+def test_the_order_of_epochs_is_pinned(corpus):
+    """The seed, the data and the range all choose the order. Never change these numbers: every resumed run would read
+    other data.
+    """
+
+    def first(documents: tuple[int, int] = (0, 101), seed: int = 1) -> list[int]:
+        dataset = EpochDataset(corpus, documents, 16, seed)
+        return [int(dataset[i].tokens[0]) for i in range(4)]
+
+    assert first() == [692, 196, 676, 844]
+    assert first(seed=2) == [82, 138, 866, 122]
+    assert first(documents=(1, 101)) == [700, 652, 868, 92]
+    assert first(documents=(0, 100)) == [849, 921, 25, 417]
+
+
+def test_a_place_is_that_in_the_dataset_and_not_in_the_range(make_dataset):
+    corpus = make_dataset([np.arange(d * 20, d * 20 + d) for d in range(20)])  # document d begins with 20 d
+    dataset = EpochDataset(corpus, (8, 20), 16, seed=1)
+    for i in range(len(dataset)):
+        for k in (0, 7, 16):
+            document, offset = divmod(int(dataset[i].tokens[k]), 20)
+            assert dataset.describe(i, k) == f"{corpus.bin_path} document {document} offset {offset}"
+
+
+def test_samples_before_the_first_are_refused(corpus):
+    dataset = GptNeoxOrderDataset(corpus, gpt_neox_order(corpus.sizes, np.arange(101), 16, 20, 1), 16)
+    for read in (
+        lambda: dataset[-1],
+        lambda: dataset.describe(-1, 0),
+        lambda: dataset.read_rows(np.array([3, -1]), np.array([0, 1]), BatchArrays(*np.zeros((2, 2, 16), np.int64))),
+    ):
+        with pytest.raises(DataError, match=f"beyond the end of the order; .*got=-1; want=below {len(dataset)}"):
+            read()
+
+
+def test_a_range_that_is_too_short_names_its_own_documents(make_dataset):
+    dataset = make_dataset([[1] * 50, [2] * 3, [3] * 4, [4] * 50])
+    assert len(EpochDataset(dataset, (1, 3), 6, 1)) == 1
+    message = r"documents 1 to 3; got=7 tokens in 2 documents; want=at least 8 \(data\.seq_length \+ 1\)"
+    with pytest.raises(DataError, match=message):
+        EpochDataset(dataset, (1, 3), 7, 1)
+
+
+def test_coverage_of_a_part_counts_its_own_tokens(corpus):
+    dataset = GptNeoxOrderDataset(corpus, gpt_neox_order(corpus.sizes, np.arange(10, 30), 16, 200, 1), 16)
+    tokens = corpus.first_token_of_document(30) - corpus.first_token_of_document(10)
+    assert dataset.coverage(50) == [(corpus.prefix, 50, 800, 800 / tokens)]
+    epoch = EpochDataset(corpus, (10, 30), 16, 1)
+    assert epoch.coverage(50) == [(corpus.prefix, 50, 800, 50 / ((tokens - 1) // 16))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,8 @@ from neox.data.samples.blend import BlendedDataset, MixedDataset
 from neox.data.samples.documents import DocumentDataset, LabelledDataset, PairDataset
 from neox.data.samples.order import EpochDataset, GptNeoxOrderDataset, gpt_neox_order
 from neox.data.samples.packing import PackedDataset
-from neox.data.samples.provenance import DocumentSlice, merge_adjacent
+from neox.data.samples.provenance import DocumentSlice, matching, merge_adjacent
+from neox.data.store.indexed import IndexedDataset, IndexedWriter
 
 COUNT = 150
 
@@ -129,3 +132,66 @@ def test_sequences_of_one_document_are_one_slice():
         DocumentSlice("b", 1, 1, 1),
     ]
     assert merge_adjacent(pieces) == [DocumentSlice("a", 1, 0, 5), *pieces[2:]]
+
+
+def test_slices_are_merged_only_where_one_continues_the_other():
+    for pieces in (
+        [DocumentSlice("a", 1, 0, 3), DocumentSlice("a", 2, 3, 2)],
+        [DocumentSlice("a", 1, 0, 3), DocumentSlice("b", 1, 3, 2)],
+        [DocumentSlice("a", 1, 1, 3), DocumentSlice("a", 1, 3, 2)],
+        [],
+    ):
+        assert merge_adjacent(pieces) == pieces
+    three = [DocumentSlice("a", 1, 2, 3), DocumentSlice("a", 1, 5, 1), DocumentSlice("a", 1, 6, 4)]
+    assert merge_adjacent(three) == [DocumentSlice("a", 1, 2, 8)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 8, 9])
+def test_numbers_that_match_are_found_in_every_block(monkeypatch, count):
+    monkeypatch.setattr("neox.data.samples.provenance.BLOCK", 4)
+    found = matching(count, lambda numbers: numbers % 4 != 1)
+    assert found.dtype == np.int64 and found.tolist() == [i for i in range(count) if i % 4 != 1]
+
+
+@pytest.fixture
+def several(tmp_path) -> IndexedDataset:
+    """30 documents of 0 to 3 sequences of 0 to 8 tokens; token k is k."""
+    random, token = np.random.default_rng(4), itertools.count()
+    with IndexedWriter(tmp_path / "several", "uint16") as writer:
+        for _ in range(30):
+            for size in random.integers(0, 9, random.integers(0, 4)):
+                writer.add([next(token) for _ in range(size)])
+            writer.end_document()
+    return IndexedDataset(tmp_path / "several")
+
+
+@pytest.mark.parametrize("kind", ["epoch", "neox", "packed", "document"])
+def test_documents_of_several_sequences(several, kind):
+    """`order: neox` reads sequences, of documents that it names all the same."""
+    dataset = {
+        "epoch": lambda: EpochDataset(several, (2, 28), 12, 1),
+        "neox": lambda: GptNeoxOrderDataset(
+            several, gpt_neox_order(several.sizes, np.arange(3, len(several) - 3), 12, 60, 3), 12
+        ),
+        "packed": lambda: PackedDataset(several, (2, 28), 12, 1),
+        "document": lambda: DocumentDataset(several, None, 12, 1),
+    }[kind]()
+    starts = several.document_starts()
+    holders: dict[int, list[int]] = {document: [] for document in range(30)}
+    for index in range(60):
+        tokens = np.concatenate(
+            [np.arange(starts[d] + at, starts[d] + at + n) for _, d, at, n in dataset.slices(index)]
+        )
+        assert dataset[index].tokens[: tokens.size].tolist() == tokens.tolist()
+        assert tokens.size == 13 or kind in ("packed", "document")
+        owners = np.searchsorted(starts, tokens, side="right") - 1
+        for document in set(owners.tolist()):
+            holders[document].append(index)
+        for k in sorted({0, tokens.size // 2, tokens.size - 1}) if tokens.size else ():
+            place = f"document {owners[k]} offset {tokens[k] - starts[owners[k]]}"
+            assert dataset.describe(index, k) == f"{several.bin_path} {place}"
+    found = {document: dataset.find(several.prefix, document, 60).tolist() for document in holders}
+    if kind == "document":  # a document without tokens has a sample
+        found = {document: found[document] for document in np.flatnonzero(np.diff(starts)).tolist()}
+        holders = {document: holders[document] for document in found}
+    assert found == holders
