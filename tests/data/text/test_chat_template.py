@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 
 import pytest
 
@@ -140,3 +141,73 @@ def test_the_time_is_that_of_the_clock():
 def test_values_that_json_has_no_word_for_are_rendered_as_python_writes_them():
     messages = [{"role": "user", "content": "x", "score": json.loads("NaN"), "n": 10**30}]
     assert Template("{{ messages[0].score }} {{ messages[0].n }}", {}).render(messages, {})[0] == f"nan {10**30}"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "x", "name": None},
+        {"content": "x", "thinking": "t"},
+        {"content": "x", "reasoning": "r"},
+        {"content": "x", "reasoning_content": "c"},
+        {"content": "x", "reasoning": "r", "thinking": "t"},
+        {"content": "x", "thinking": "t", "reasoning_content": "c"},
+        {"content": "x", "reasoning": "r", "thinking": None},
+    ],
+)
+def test_messages_are_those_that_transformers_gives_to_a_template(theirs, message):
+    message = {"role": "assistant", **message}
+    template = "{{ messages[0].items() | list | sort }}"
+    want = theirs.apply_chat_template([message], tokenize=False, chat_template=template)
+    assert Template(template, {}).render([normalised_message(message)], {})[0] == want
+
+
+def test_answers_are_located_by_what_they_append():
+    """Also the first message, and after a prompt that the template writes for the next answer alone."""
+    text = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}%s{% endif %}"
+    talk = [
+        {"role": role, "content": content} for role, content in (("assistant", "hi"), ("user", "q"), ("assistant", "a"))
+    ]
+    for asked, before in (("<assistant>", "<assistant>"), ("<assistant><think>", ""), ("", "")):
+        found, spans = Template(text.replace("%s", asked), {}).render_with_answers(talk, {})
+        assert found == "<assistant>hi<user>q<assistant>a"
+        assert [found[start:end] for start, end in spans] == ["<assistant>hi", "<assistant>a".removeprefix(before)]
+
+
+def test_a_template_is_rendered_again_from_the_start():
+    template = Template(
+        "{% for m in messages %}{{ m.role }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", {}
+    )
+    for _ in range(2):
+        assert template.render(TALK[1:3], {}) == ("userHow é 😀?assistantFine.\n\n", [(4, 12), (21, 28)])
+    assert template.marks_answers and not Template("{% call(x) f() %}{% endcall %}", {}).marks_answers
+
+
+def test_a_text_has_at_most_so_many_characters():
+    template = Template("ab{{ messages[0].role }}", {})
+    assert template.render(TALK, {}, most=8)[0] == "absystem"
+    for render in (template.render, template.render_with_answers):
+        with pytest.raises(RefusedConversation, match="chat template writes more than 7 characters"):
+            render(TALK, {}, most=7)
+
+
+def test_reasons_are_short_and_one_line():
+    for text, reason in (
+        ("{{ raise_exception('a\n  b ' + 'x' * 999) }}", "a b " + "x" * 296),
+        ("{{ raise_exception('') }}", "TemplateError"),
+    ):
+        with pytest.raises(RefusedConversation) as found:
+            Template(text, {}).render(TALK, {})
+        assert str(found.value) == f"chat template refuses the conversation: {reason}"
+
+
+def test_special_tokens_come_before_what_the_conversation_names():
+    template = Template("{{ bos_token }}|{{ tools }}|{{ documents }}|{{ add_generation_prompt }}", {"bos_token": "<s>"})
+    assert template.render(TALK, {"bos_token": "x", "documents": [1]})[0] == "<s>|None|[1]|False"
+    assert template.render(TALK, {}, ask=True)[0] == "<s>|None|None|True"
+
+
+def test_strftime_now_is_the_local_time():
+    before = datetime.now().replace(microsecond=0)
+    found = datetime.fromisoformat(Template("{{ strftime_now('%Y-%m-%dT%H:%M:%S') }}", {}).render(TALK, {})[0])
+    assert before <= found <= datetime.now()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from neox.data.text import chat_template
-from neox.data.text.template_process import RefusedConversation, TemplateProcess
-from neox.errors import ConfigError
+from neox.data.text.template_process import RefusedConversation, TemplateProcess, how_it_ended, receive, send
+from neox.errors import ConfigError, EnvironmentProblem
 
 GOOD = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 BODY = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
@@ -141,3 +144,52 @@ def test_only_consecutive_conversations_that_end_the_process_refuse_the_template
             with pytest.raises(RefusedConversation, match="signal 11"):
                 process.render_with_answers(GOOD, {})
             assert process.render_with_answers(GOOD, {})[0] == "user:hi\nassistant:yo\n"
+
+
+def test_what_a_template_gets_and_that_its_process_ends():
+    text = "{{ bos_token }}{{ tools[0].name }}{{ documents[0] }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with TemplateProcess(text, {"bos_token": "<s>"}) as process:
+        found = process.render_with_answers(GOOD, {"tools": [{"name": "t"}], "documents": ["d"]})
+        assert found == ("<s>tdhiyo", [(7, 9)])
+        started = process._process
+        assert started.poll() is None and os.getsid(started.pid) == started.pid != os.getsid(0)
+    assert started.poll() == -signal.SIGKILL and started.stdin.closed and started.stdout.closed
+
+
+def test_messages_that_are_nested_too_deeply_do_not_end_the_process():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with TemplateProcess(BODY, {}) as process:
+        started = process._process
+        with pytest.raises(RefusedConversation, match="messages are nested too deeply"):
+            process.render_with_answers([*GOOD, {"role": "user", "content": "x", "tool_calls": deep}], {})
+        assert process.render_with_answers(GOOD, {})[0] == "user:hi\nassistant:yo\n" and process._process is started
+
+
+def test_a_process_that_cannot_be_started_is_a_problem_of_the_environment(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(EnvironmentProblem, match="cannot start a process for the chat template; .*got=No such file"):
+        TemplateProcess(BODY, {})
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("exit 3", r"ended its process (exit code 3)"),
+        ("kill -XCPU $$", "takes too long"),
+        ("kill -KILL $$", "takes too long"),
+        ("kill -ABRT $$", "ended its process (signal 6)"),
+    ],
+)
+def test_how_a_process_ended(command, reason):
+    assert how_it_ended(subprocess.Popen(["/bin/sh", "-c", f"ulimit -c 0; {command}"])) == reason
+
+
+def test_messages_are_complete_or_the_end():
+    stream = io.BytesIO()
+    send(stream, {"text": "é\ud800"})
+    content = stream.getvalue()
+    assert receive(io.BytesIO(content + b"next")) == ({"text": "é\ud800"}, len(content) - 8)
+    for length in range(len(content)):
+        assert receive(io.BytesIO(content[:length])) is None
