@@ -76,6 +76,7 @@ def test_files_are_the_same_if_their_digests_agree(one, other, same):
 
 def test_the_identity_of_a_dataset_is_pinned(tmp_path):
     """Checkpoints store it: sums of the blocks of .bin from the sidecar, or evenly spaced parts of it and its size."""
+    assert (SPOTS, SPOT_BYTES) == (64, 65_536)
     tokens = np.random.default_rng(0).integers(0, 500, SPOTS * SPOT_BYTES // 2 + 70_000).astype(np.uint16)
     with IndexedWriter(tmp_path / "large", "uint16") as writer:
         writer.add_document(tokens)

@@ -266,6 +266,16 @@ def test_what_is_accepted_is_what_the_full_parser_reads(tmp_path):
     assert 4000 < taken < 19_000
 
 
+ADDED = {"id": 9, "content": "x", "normalized": False, "special": False}
+
+
+def split_by(pattern: str, behavior: str = "Isolated", invert: bool = False, **options: bool) -> dict:
+    """The pre-tokenizer of Llama's form with one thing changed."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, **options}
+    return {"type": "Sequence", "pretokenizers": [split, level]}
+
+
 LARGE_ID = ["a a"]  # a merge whose result gets an id that is too large
 
 
@@ -279,6 +289,25 @@ LARGE_ID = ["a a"]  # a merge whose result gets an id that is too large
         ({"model": {"merges": ["zz zzz"]}}, "unexpected content"),
         ({"model": {"merges": LARGE_ID}}, "id 1048575 of a merge"),
         ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}},
+            "normalizer Seq",
+        ),
+        ({"normalizer": {"type": "NFKC"}}, "normalizer NFKC"),
+        ({"model": {"continuing_subword_prefix": "##"}}, "option continuing_subword_prefix"),
+        ({"model": {"end_of_word_suffix": "</w>"}}, "option end_of_word_suffix"),
+        ({"pre_tokenizer": split_by(LLAMA_PATTERN, behavior="Removed")}, "split pattern"),
+        ({"pre_tokenizer": split_by(LLAMA_PATTERN, invert=True)}, "split pattern"),
+        ({"pre_tokenizer": split_by(LLAMA_PATTERN + "|x")}, "split pattern"),
+        ({"pre_tokenizer": split_by(LLAMA_PATTERN, use_regex=True)}, r"pre-tokenizer Split \+ ByteLevel"),
+        ({"pre_tokenizer": split_by(LLAMA_PATTERN, add_prefix_space=True)}, "a space is added"),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
+            "pre-tokenizer ByteLevel",
+        ),
+        ({"added_tokens": [{**ADDED, "single_word": True}]}, "white space around it"),
+        ({"added_tokens": [{**ADDED, "rstrip": True}]}, "white space around it"),
+        ({"added_tokens": [{**ADDED, "content": "x" * (1 << 16)}, {**ADDED, "id": 10}]}, "2 added tokens"),
         ({"pre_tokenizer": None}, "no pre-tokenizer"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizer Whitespace"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}, "a space is added"),
@@ -303,3 +332,48 @@ def test_other_tokenizers_are_refused_with_the_reason(change, reason, tmp_path):
         content[key] = {**content["model"], **value} if key == "model" else value
     with pytest.raises(Unsupported, match=reason):
         text_encoder(content, False, wide=False)
+
+
+def test_what_is_as_good_as_a_known_form():
+    byte_level_step = {"type": "ByteLevel", "add_prefix_space": False}
+    for pre_tokenizer, pattern in (
+        (byte_level_step, "gpt2"),  # `use_regex` is on if it is missing
+        ({"type": "Sequence", "pretokenizers": [{**byte_level_step, "use_regex": True}]}, "gpt2"),
+        (split_by(GPT2_PATTERN), "gpt2"),
+        (split_by(LLAMA_PATTERN), "llama"),
+        (split_by(QWEN_PATTERN), "qwen"),
+    ):
+        assert byte_level.split_pattern(pre_tokenizer) == pattern
+    nfc = {"type": "NFC"}
+    kinds = [byte_level.normaliser(each) for each in (None, nfc, {"type": "Sequence", "normalizers": [nfc]})]
+    assert kinds == [False, True, True]
+    byte_level.require_supported_model({"dropout": None, "byte_fallback": False, "end_of_word_suffix": ""})
+    assert (
+        sum(len(text) for text, *_ in byte_level.added_tokens([{**ADDED, "content": "x" * (1 << 16)}], False, False))
+        == 1 << 16
+    )
+
+
+def test_added_tokens_are_matched_and_encoded_by_their_options():
+    """(matched in the normalised text, encoded as text): special tokens are text only if asked."""
+    tokens = [
+        {**ADDED, "normalized": normalized, "special": special}
+        for normalized in (False, True)
+        for special in (False, True)
+    ]
+    for as_text in (False, True):
+        found = byte_level.added_tokens(tokens, True, as_text)
+        assert found == [(b"x", 9, each["normalized"], as_text and each["special"]) for each in tokens]
+    decomposed = {**ADDED, "content": "e\u0301"}
+    assert byte_level.added_tokens([decomposed], True, False) == [("e\u0301".encode(), 9, False, False)]
+    assert byte_level.added_tokens([{**decomposed, "normalized": True}], False, False)[0][2]
+
+
+def test_letters_of_bytes_are_those_of_gpt2():
+    letters = byte_level.byte_of_letter()
+    assert set(letters) == set(pre_tokenizers.ByteLevel.alphabet()) and list(letters.values()) == list(range(256))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for text in ("!~ \n\x00\x7f", "¡¬®ÿ\xad\xa0", "日😀"):
+        (piece,) = [word for word, _ in level.pre_tokenize_str(text)]
+        assert bytes(letters[letter] for letter in piece) == text.encode()
+    assert byte_level.whole_word_tokens({"Ġa": 5, "日": 6, "b": 7}) == {b" a": 5, b"b": 7}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 
+import orjson
 import pytest
 
-from neox.data.text.progress import InputIdentity, ProgressFile, ResumePoint
+from neox.data.store.indexed import IndexedDataset, IndexedWriter
+from neox.data.text.progress import SOURCE_FIELDS, InputIdentity, ProgressFile, ResumePoint, finished_sidecar
 from neox.errors import DataError
 
 PROGRESS = ResumePoint(7, (3, 40, 12), 5, {"documents": 3})
@@ -66,3 +68,100 @@ def test_identity_is_of_names_sizes_times_and_settings(tmp_path):
     assert origin().source != first.source and before.source == first.source, (
         "the files are checked once, when the run begins"
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("format", "other", "belongs to another run"),
+        ("version", 2, "belongs to another run"),
+        ("identity", "0" * 64, "belongs to another run"),
+        ("writer", [3, 40], "cannot be read"),
+        ("writer", [3, 40, 12, 1], "cannot be read"),
+        *((name, None, "cannot be read") for name in ("blocks", "writer", "quarantine_bytes", "summary", "identity")),
+    ],
+)
+def test_every_field_of_the_progress_is_needed(tmp_path, field, value, reason):
+    notes = ProgressFile(str(tmp_path / "out"), origin_of("one"), 0)
+    notes.save(PROGRESS)
+    content = orjson.loads(notes.path.read_bytes())
+    if value is None:
+        del content[field]
+    else:
+        content[field] = value
+    notes.path.write_bytes(orjson.dumps(content))
+    with pytest.raises(DataError, match=rf"{reason}; where=.*out\.progress\.json.*do=start again without --resume"):
+        notes.read()
+
+
+def test_saves_are_due_by_the_clock_since_the_last_one(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    notes = ProgressFile(str(tmp_path / "out"), origin_of("one"), 20.0)
+    due = []
+    for now[0] in (100.0, 119.9, 120.0, 150.0):
+        due.append(notes.due)
+    assert due == [False, False, True, True]
+    notes.save(PROGRESS)
+    for now[0] in (169.9, 170.0):
+        due.append(notes.due)
+    assert due[4:] == [False, True]
+
+
+def finished(tmp_path, changes: dict[str, object] | None = None, lack: tuple[str, ...] = ()) -> str:
+    """A dataset whose sidecar names the source "abc", with an index of the time 1000."""
+    source = {"hash": "abc", **dict.fromkeys(SOURCE_FIELDS, 0), **(changes or {})}
+    with IndexedWriter(tmp_path / "out", "uint16", overwrite=True) as writer:
+        writer.add_document([1])
+        writer.source = {key: value for key, value in source.items() if key not in lack}
+    os.utime(tmp_path / "out.idx", (1000, 1000))
+    return str(tmp_path / "out")
+
+
+def test_a_finished_dataset_is_that_of_its_source_if_no_file_is_newer(tmp_path):
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    for file in files:
+        (tmp_path / file).write_text("x")
+        os.utime(file, (1000, 1000))
+    out = finished(tmp_path)
+    found = finished_sidecar(out, "abc", files)
+    assert found is not None and found == IndexedDataset(out).sidecar
+    assert finished_sidecar(out, "abd", files) is None
+    for file in files:
+        os.utime(file, (1001, 1001))
+        assert finished_sidecar(out, "abc", files) is None
+        os.utime(file, (999, 999))
+    assert finished_sidecar(out, "abc", files) is not None
+    assert finished_sidecar(finished(tmp_path, {"more": 1}), "abc", files) is None
+    assert finished_sidecar(finished(tmp_path, lack=("bad_reasons",)), "abc", files) is None
+    out = finished(tmp_path)
+    os.unlink(f"{out}.json")
+    assert finished_sidecar(out, "abc", files) is None
+    out = finished(tmp_path)
+    os.truncate(f"{out}.bin", 1)
+    assert finished_sidecar(out, "abc", files) is None
+    os.unlink(f"{out}.idx")
+    assert finished_sidecar(out, "abc", files) is None
+
+
+def test_progress_is_written_durably(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("neox.data.text.progress.write_durably", lambda path, content: calls.append((path, content)))
+    monkeypatch.setattr("neox.data.text.progress.sync_dir", lambda folder: calls.append(folder))
+    notes = ProgressFile(str(tmp_path / "out"), origin_of("one"), 0)
+    notes.save(PROGRESS)
+    ((path, content),) = calls
+    assert path == notes.path and orjson.loads(content) == {
+        "format": "neox.progress",
+        "version": 1,
+        "identity": origin_of("one").identity,
+        "blocks": 7,
+        "writer": [3, 40, 12],
+        "quarantine_bytes": 5,
+        "summary": {"documents": 3},
+    }
+    notes.remove()
+    assert len(calls) == 1  # nothing to remove
+    notes.path.write_bytes(content)
+    notes.remove()
+    assert calls[1:] == [tmp_path] and not notes.path.exists()

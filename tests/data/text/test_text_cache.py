@@ -4,19 +4,23 @@ text or the tokenizer changes.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import orjson
 import pytest
+import xxhash
 
 from neox.data.store.indexed import IndexedDataset
 from neox.data.text.encoding import Encoding
 from neox.data.text.input_files import find_files
 from neox.data.text.preprocess import preprocess
-from neox.data.text.text_cache import RunText, tokenize
-from neox.data.text.tokenizer import train_tokenizer
+from neox.data.text.text_cache import RunText, is_complete, tokenize
+from neox.data.text.tokenizer import file_hash, train_tokenizer
 from neox.errors import DataError, DiskError
 
 TEXTS = [f"document {i} has {'word ' * (i % 17)}" for i in range(60)]
@@ -120,3 +124,44 @@ def test_the_end_of_document_token_names_it_too(corpus, tmp_path):
     paths, tokenizer = corpus
     keys = {RunText(find_files(paths), tokenizer, eod, tmp_path).key for eod in (None, "<|endoftext|>", "</s>")}
     assert len(keys) == 3
+
+
+def test_the_name_is_pinned_and_has_order_and_suffixes_of_the_files(corpus, tmp_path):
+    """A name that changes makes every run tokenize its text again."""
+    _, tokenizer = corpus
+    names = ["a.txt", "b.txt", "c.jsonl", "d.json.gz", "e.1.json.gz"]
+    files = [str(tmp_path / name) for name in names]
+    for number, file in enumerate(files):
+        Path(file).write_text("same" if number < 4 else "more")
+
+    def key(*used: str) -> str:
+        return RunText(used, tokenizer, "<|endoftext|>", tmp_path).key
+
+    content = [
+        [suffix, 4, f"{xxhash.xxh64(text).intdigest():016x}"]
+        for suffix, text in ((".txt", b"same"), (".json.gz", b"more"))
+    ]
+    wanted = orjson.dumps(["neox-text-1", content, file_hash(tokenizer), "<|endoftext|>"])
+    assert key(files[0], files[4]) == hashlib.sha256(wanted).hexdigest()[:24]
+    assert key(files[0]) == key(files[1]) and len({key(file) for file in files}) == 4
+    assert key(files[0], files[4]) != key(files[4], files[0])
+
+
+def test_the_end_of_document_token_that_is_named_ends_the_documents(corpus, tmp_path, caplog):
+    paths, _ = corpus
+    made = train_tokenizer(TEXTS, 300, tmp_path / "u.json", special_tokens=["<end>"])
+    with caplog.at_level("INFO", "neox.data"):
+        dataset = IndexedDataset(tokenized(paths, made.file, "<end>", tmp_path / "cache"))
+    assert {int(document[-1]) for document in dataset} == {made.token_id("<end>")} == {1}
+    assert f"{dataset.prefix}: 60 documents, {dataset.num_tokens} tokens in " in caplog.text
+
+
+def test_a_dataset_is_complete_with_its_own_sidecar(corpus, tmp_path):
+    paths, tokenizer = corpus
+    prefix = Path(tokenized(paths, tokenizer, None, tmp_path / "cache"))
+    assert is_complete(prefix) and not is_complete(tmp_path / "cache" / "other")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{prefix}{suffix}", tmp_path / f"copy{suffix}")
+    assert not is_complete(tmp_path / "copy")
+    (tmp_path / "copy.json").write_text('{"text": "a file of somebody else"}')
+    assert not is_complete(tmp_path / "copy")
