@@ -260,6 +260,7 @@ def _line_chunks(path: str, chunks: Iterable[bytes], block_bytes: int, longest: 
     """Split a JSON-lines file at line ends. A line longer than `longest` is skipped without being stored."""
     parts: list[memoryview] = []  # read since the last chunk; copied once, into the next one
     size, line, skipping = 0, 1, False
+    lines_end: tuple[int, int] | None = None  # where the last complete line ends: the part and the byte in it
     try:
         for chunk in chunks:
             if line == 1 and not size and not skipping:
@@ -271,15 +272,19 @@ def _line_chunks(path: str, chunks: Iterable[bytes], block_bytes: int, longest: 
                 chunk, skipping, line = chunk[end + 1 :], False, line + 1
             parts.append(memoryview(chunk))
             size += len(chunk)
-            if size < block_bytes:
-                continue
             end = chunk.rfind(b"\n") + 1
             if end:
-                parts[-1] = parts[-1][:end]
-                content = b"".join(parts)
+                lines_end = len(parts) - 1, end
+            if size < block_bytes:
+                continue
+            # lines of an earlier part are kept until a line ends, unless the line after them is too long
+            if lines_end is not None and (end or size > longest):
+                part, end = lines_end
+                content = b"".join([*parts[:part], parts[part][:end]])
                 yield TextChunk(path, line, content)
                 line += core.count_lines(content)
-                parts, size = [memoryview(chunk)[end:]], len(chunk) - end
+                parts[: part + 1] = [parts[part][end:]]
+                size, lines_end = sum(map(len, parts)), None
             if size > longest:
                 yield BadLine(path, line, f"line is longer than {longest} bytes", None)
                 parts, size, skipping = [], 0, True
