@@ -31,6 +31,10 @@ from neox.runtime.nodelist import expand_hosts
         ("[10-11]", ["10", "11"]),
         ("a[1][2-3]b", ["a12b", "a13b"]),
         ("n[0[1-2],1[0-1]]", ["n01", "n02", "n10", "n11"]),
+        (" a , b1 ", ["a", "b1"]),
+        ("n[9-11,099-101]", ["n9", "n10", "n11", "n099", "n100", "n101"]),
+        ("n[0-0,00]", ["n0", "n00"]),
+        ("a[1-2]b[0[1-2],9]c", [f"a{i}b{j}c" for i in (1, 2) for j in ("01", "02", "9")]),
     ],
 )
 def test_hosts(nodes, hosts):
@@ -45,10 +49,15 @@ def test_a_long_list_is_not_expanded_for_its_first_host():
 
 @pytest.mark.parametrize(
     "nodes",
-    ["n[1-", "n1]", "n[1-2]]", "n[]", "n[2-1]", "n[a-b]", "n[1-2-3]", "a,,b", "n[1,]", ",", "n[[1-2]", "n[\u0661-2]"],
+    [
+        *("n[1-", "n1]", "n[1-2]]", "n[]", "n[2-1]", "n[a-b]", "n[1-2-3]", "a,,b", "n[1,]", ",", "n[[1-2]"),
+        *("n[\u0661-2]", "n]1[", "n[1],]2[", "n[1-2][", "n[-1]", "n[1-]", "n[0[1-a]]", "n[x[1-2]]", "[a[1-2]]"),
+        *("n[1,,2]", "a,m[2-1]"),
+    ],
 )
 def test_malformed_lists_are_refused(nodes):
     with pytest.raises(
         EnvironmentProblem, match=r"error\[14\] cannot read Slurm's host list; where=SLURM_STEP_NODELIST.*MASTER_ADDR"
-    ):
+    ) as problem:
         list(expand_hosts(nodes))
+    assert problem.value.got == nodes  # all of it, not the part that is wrong

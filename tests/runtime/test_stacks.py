@@ -69,3 +69,37 @@ def test_whose_collective_counts(thread, main, waits):
         leave.set()
         other.join()
     assert not in_collective()
+
+
+@pytest.mark.parametrize(
+    ("module", "waits"),
+    [("neox.parallel.collectives", True), ("neox.parallel.p2p", True), ("neox.parallel.mesh", False)],
+)
+def test_the_main_threads_own_collective_counts(module, waits):
+    """At any depth of its stack."""
+    assert in_module(module, lambda: in_module("neox.engine", lambda: in_collective())())() == waits
+
+
+def test_a_dump_has_every_thread_and_needs_no_reader(capfd, monkeypatch, tmp_path):
+    inside, leave = threading.Event(), threading.Event()
+
+    def sleeps_elsewhere():
+        inside.set()
+        leave.wait()
+
+    other = threading.Thread(target=sleeps_elsewhere)
+    other.start()
+    inside.wait()
+    try:
+        dump_stacks(12)
+    finally:
+        leave.set()
+        other.join()
+    text = capfd.readouterr().err
+    assert text.startswith("stacks of rank 12, innermost call first:\n") and "sleeps_elsewhere" in text
+    with (tmp_path / "closed").open("w") as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+    dump_stacks(3)
+    with (tmp_path / "closed").open() as unwritable:
+        monkeypatch.setattr(sys, "stderr", unwritable)
+        dump_stacks(3)

@@ -69,3 +69,33 @@ def test_never_due_without_an_interval():
     one = evaluator([])
     one.interval = 0
     assert not any(one.is_due(step) for step in range(1, 11))
+
+
+@pytest.mark.parametrize(
+    ("batches", "loss"),
+    [([(6.0, 2.0), (2.0, 6.0)], 1.0), ([(6.0, 2.0), (0.0, 0.0)], 3.0), ([(0.0, 0.0), (3.0, 1.0)], 3.0)],
+)
+def test_batches_count_by_their_targets(batches, loss):
+    assert evaluator(batches).evaluate() == Evaluation(loss, False)
+
+
+def test_a_signal_during_a_batch_is_passed_on_with_the_next_one_and_the_data_is_closed():
+    signals, opened = StopSignals(), []
+
+    class Signalled(Parts):
+        def evaluate_part(self, batch, *, stop):
+            signals.received = signal.SIGUSR1
+            return super().evaluate_part(batch, stop=stop)
+
+    class Data(contextlib.nullcontext):
+        def __enter__(self):
+            opened.append("open")
+            return super().__enter__()
+
+        def __exit__(self, *_):
+            opened.append("closed")
+
+    one = evaluator([], engine := Signalled(), signals, iters=5)
+    one.open_loader = lambda: Data(iter([(1.0, 1.0)] * 5))
+    assert one.evaluate() == Evaluation(None, True)
+    assert engine.asked == [False, True] and opened == ["open", "closed"]

@@ -107,3 +107,26 @@ def test_when_checkpoints_are_missed(tmp_path, records, witness, left):
                 claim(config_of(tmp_path, resume), run_dir, stack)
     assert recorded_steps(tmp_path / "metrics.jsonl") == (2 if records else 0)
     assert (tmp_path / WITNESS).exists() == witness
+
+
+@pytest.mark.parametrize(
+    ("metrics", "left", "got"),
+    [
+        ('{"step": 3}\n', None, "metrics.jsonl has steps to 3, no such folder"),
+        ('{"step": 3}\n', "lock", "metrics.jsonl has steps to 3, an empty folder"),
+        ("", "lock", "an empty folder"),
+        ("", None, "no such folder"),
+    ],
+)
+def test_what_is_left_of_a_run_whose_checkpoints_are_missing_is_named(tmp_path, metrics, left, got):
+    """A file that is no checkpoint, such as the lock of the start before, does not count."""
+    run_dir = RunDir(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(metrics)
+    note_checkpoint(run_dir, run_dir.checkpoints / "step_00000002")
+    if left is not None:
+        run_dir.checkpoints.mkdir()
+        (run_dir.checkpoints / left).write_text("")
+    with pytest.raises(CheckpointError) as problem, contextlib.ExitStack() as stack:
+        claim(config_of(tmp_path), run_dir, stack)
+    assert (problem.value.where, problem.value.got) == (run_dir.checkpoints, got)
+    assert "checkpoint.resume=never" in problem.value.do
