@@ -6,7 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
+import neox
 from neox.config.schema.data import DataSource
 from neox.errors import ConfigError
 from neox.runtime.consistency import check_consistency, fingerprint, fingerprint_run
@@ -40,6 +42,8 @@ def test_facts_hold_config_data_and_versions(tmp_path):
     make_corpus(tmp_path)
     known = fingerprint_run(make_config(tmp_path, tmp_path / "run"))
     assert known["optimizer.lr"] == "0.003"
+    assert (known["version of neox"], known["version of torch"]) == (neox.__version__, torch.__version__)
+    assert known[f"{tmp_path}/valid.bin"] == fingerprint(tmp_path / "valid.bin") != known[f"{tmp_path}/train.bin"]
     assert {f"{tmp_path}/train.idx", f"{tmp_path}/valid.bin", "version of torch"} <= set(known)
     before = fingerprint(tmp_path / "train.bin")
     raw = bytearray((tmp_path / "train.bin").read_bytes())
@@ -89,6 +93,27 @@ def test_processes_that_agree_pass():
             return [message, message]
 
     check_consistency({"a": "1"}, Same())
+
+
+def test_what_is_compared_depends_on_keys_and_values_and_not_on_their_order():
+    digests = []
+
+    class Same:
+        def all_gather_json(self, message):
+            digests.append(message)
+            return [message, message]
+
+    for known in ({"a": "1", "b": "2"}, {"b": "2", "a": "1"}, {"a": "2", "b": "1"}, {"a": "1"}, {"a": "12", "b": ""}):
+        check_consistency(known, Same())
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 4
+
+
+def test_a_key_that_only_another_process_has_is_named():
+    with pytest.raises(ConfigError) as problem:
+        check_consistency({"b": "1"}, Told({"b": "1"}, {"a": "x", "b": "1"}, {"b": "2"}))
+    assert problem.value.where == "a, b"
+    assert problem.value.got == "a: None on rank 0, x on rank 2, b: 1 on rank 0, 2 on rank 3"
 
 
 def ranks(folder: Path, confs: list[Path], numbers: tuple[int, ...]) -> Forks:

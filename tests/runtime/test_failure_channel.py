@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -92,3 +95,46 @@ def test_an_error_is_waited_for_until_it_is_posted_or_time_is_up():
     timer.join()
     assert channel.posted()["code"] == 3
     assert time.monotonic() - begin < 30
+
+
+def test_what_is_posted_and_whose_it_is():
+    channel = FailureChannel(dist.HashStore(), 3)
+    posted = channel.post(12, {"rank": 1, "host": "far"})
+    assert posted == {
+        "rank": 3,
+        "code": 12,
+        "id": os.getpid(),
+        "thread": threading.get_ident(),
+        "lost": {"rank": 1, "host": "far"},
+    }
+    assert channel.from_this_process(posted) and channel.from_this_thread(posted)
+    assert channel.from_this_process({**posted, "thread": 0}) and not channel.from_this_thread({**posted, "thread": 0})
+    for other in ({"rank": 2}, {"id": os.getpid() + 1}):  # of another host, the pid may be the same; or of a restart
+        assert not channel.from_this_process({**posted, **other})
+        assert not channel.from_this_thread({**posted, **other})
+
+
+def test_others_do_not_wait_and_a_store_that_has_exited_is_no_error(monkeypatch):
+    naps = []
+    monkeypatch.setattr(failure_channel, "time", SimpleNamespace(monotonic=time.monotonic, sleep=naps.append))
+    store = dist.HashStore()
+    FailureChannel(store, 1).acknowledge(5)
+    assert sum(naps) == 0
+    FailureChannel(store, 0).acknowledge(2)
+    assert naps == [0.0, 0.2]  # a moment in which the others read the answer to their own acknowledgement
+
+    class Exited:
+        def __getattr__(self, name):
+            raise RuntimeError("Connection reset by peer")
+
+    FailureChannel(Exited(), 1).acknowledge(5)
+    del naps[:]
+    FailureChannel(Exited(), 1).wait_for_error(3.0)
+    assert naps == [1.5]
+
+
+def test_an_error_of_the_system_names_the_rank_too():
+    for file, where in ((None, "rank 7"), ("/data/x", "/data/x")):
+        found = as_neox_error(OSError(errno.ENOSPC, "No space left on device", file), 7)
+        assert (found.exit_code, str(found.where)) == (5, where)
+    assert as_neox_error(RuntimeError("broken pipe " + "x" * 300)).got == "broken pipe " + "x" * 188

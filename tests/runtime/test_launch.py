@@ -83,7 +83,7 @@ def test_from_mpi():
     launch = read_launch_info(
         {"PMI_RANK": "1", "MPI_LOCALRANKID": "0", "PMI_SIZE": "2", "MASTER_ADDR": "b", "MASTER_PORT": "77"}
     )
-    assert (launch.rank, launch.world_size, launch.port) == (1, 2, 77)
+    assert (launch.rank, launch.local_rank, launch.world_size, launch.port) == (1, 0, 2, 77)
 
 
 def test_torchrun_under_slurm_is_torchrun():
@@ -147,3 +147,38 @@ def test_without_a_port_only_torchrun_and_hands_are_refused():
     mpi = {"PMI_RANK": "0", "MPI_LOCALRANKID": "0", "PMI_SIZE": "2", "MASTER_ADDR": "a"}
     assert read_launch_info(mpi).port == 29500
     assert read_launch_info(SLURM | {"MASTER_PORT": "7"}).port == 7
+
+
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}
+MPICH = {"PMI_RANK": "1", "MPI_LOCALRANKID": "0", "PMI_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "source", "ranks"),
+    [
+        (SLURM | OPEN_MPI | MPICH, "srun: SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS", (5, 1, 8)),
+        (OPEN_MPI | MPICH, f"mpirun (Open MPI): {', '.join(OPEN_MPI)}", (3, 2, 4)),
+        (MPICH, "mpirun (MPICH, Intel MPI): PMI_RANK, MPI_LOCALRANKID, PMI_SIZE", (1, 0, 2)),
+        (GOOD | OPEN_MPI, "deepspeed, or variables set by hand: RANK, LOCAL_RANK, WORLD_SIZE", (1, 1, 2)),
+        (GOOD | {"TORCHELASTIC_RUN_ID": ""}, "torchrun: RANK, LOCAL_RANK, WORLD_SIZE", (1, 1, 2)),
+    ],
+)
+def test_the_launcher_nearest_to_the_process_counts(variables, source, ranks):
+    launch = read_launch_info({"MASTER_ADDR": "a", **variables})
+    assert (launch.rank, launch.local_rank, launch.world_size) == ranks
+    assert launch.source == source
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "MASTER_PORT"])
+def test_a_wrong_variable_of_a_launcher_is_named_by_its_own_name(name):
+    with pytest.raises(EnvironmentProblem, match=f"where={name}; got=x; want=a number from "):
+        read_launch_info(SLURM | {name: "x"})
+
+
+def test_one_process_needs_no_address():
+    assert read_launch_info({"WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": "none"}) == LaunchInfo()
+    assert read_launch_info({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}) == LaunchInfo()
+    with pytest.raises(EnvironmentProblem, match="where=RANK; got=1; want=a number from 0 to 0"):
+        read_launch_info({"WORLD_SIZE": "1", "RANK": "1"})
+    with pytest.raises(EnvironmentProblem, match="where=WORLD_SIZE; want="):
+        read_launch_info({"RANK": "0"})

@@ -95,3 +95,61 @@ def test_a_process_that_exits_in_time_is_not_killed():
     kill_stuck(who, process_namespace(), patience=60.0)
     timer.join()
     assert child.wait() == 1  # EOFError
+
+
+def test_a_pid_that_nobody_has_does_not_run():
+    assert not is_running({"pid": 1 << 22, "born": 0.0})
+
+
+def test_the_process_that_took_a_pid_gets_no_signal(monkeypatch):
+    monkeypatch.setattr(os, "kill", lambda pid, number: pytest.fail("it is another one's"))
+    space = process_namespace()
+    who = {"pid": os.getpid(), "born": psutil.Process().create_time() - 100, "space": space}
+    resume_stopped(who, space)
+    kill_stuck(who, space, patience=-1.0)
+    resume_stopped({**who, "born": psutil.Process().create_time(), "space": space + "x"}, space)
+
+
+class Parent:
+    """Stands for a process above this one."""
+
+    def __init__(self, pid, *words):
+        self.pid, self.words = pid, words
+
+    def cmdline(self):
+        if self.words == ("denied",):
+            raise psutil.AccessDenied(self.pid)
+        return list(self.words)
+
+    def create_time(self):
+        return self.pid + 0.5
+
+
+@pytest.mark.parametrize(
+    ("parents", "names"),
+    [
+        (
+            [["/bin/python3", "-u", "-m", "torch.distributed.run", "--nnodes=2", "x"]],
+            ["torch.distributed.run"],
+        ),
+        ([["python", "/opt/bin/torchrun", "train.py"]], ["torchrun"]),
+        (
+            [
+                ["python3.11", "-u", "-m", "deepspeed.launcher.launch", "x"],
+                ["python3", "/usr/local/bin/deepspeed", "x"],
+            ],
+            ["deepspeed.launcher.launch", "deepspeed"],
+        ),
+        ([["/usr/bin/torchrun", "torchrun"]], []),  # not run by Python
+        ([["python", "train.py", "torchrun"]], []),  # an argument of another program
+        ([["python", "my-torchrun"]], []),
+        ([["python", "-u"]], []),
+        ([[]], []),  # a thread of the kernel
+        ([["python", "torchrun"], ["bash"], ["python", "torchrun"]], ["torchrun"]),
+        ([["python", "torchrun"], ["denied"], ["python", "torchrun"]], ["torchrun"]),
+    ],
+)
+def test_which_parents_are_launchers(monkeypatch, parents, names):
+    above = [Parent(pid, *words) for pid, words in enumerate(parents, 100)]
+    monkeypatch.setattr(psutil, "Process", lambda: type("This", (), {"parents": lambda self: above})())
+    assert find_launchers() == [{"pid": pid, "born": pid + 0.5, "name": name} for pid, name in enumerate(names, 100)]

@@ -3,11 +3,15 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from neox.runtime import signals as module
 from neox.runtime.signals import REPEAT_AFTER, SIGNALS, StopSignals
 from tests.distributed import start_ranks
+
+INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -100,6 +104,17 @@ def repeat(running, number, rank=None):
     running.wait_for(ended, 60)
 
 
+def test_after_the_end_of_a_command_signals_are_ignored_and_else_handled_as_before():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    try:
+        with StopSignals(until_exit=True) as signals:
+            assert all(signal.getsignal(number) == signals.handle for number in SIGNALS)
+        assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_IGN] * 3
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+
 @pytest.mark.distributed
 def test_another_signal_later_is_no_repetition(tmp_path):
     """A Ctrl-C that a launcher passes on late, as SIGTERM, does not cost the checkpoint."""
@@ -139,3 +154,40 @@ def finish_and_get_a_signal(number):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_after_the_end_changes_nothing(tmp_path, number):
     assert start_ranks("tests.runtime.test_signals:finish_and_get_a_signal", 1, tmp_path, [int(number)]).wait() == [0]
+
+
+class Clock:
+    """Signals that arrive at given times, for the thread that reads their numbers, which runs in the test's own."""
+
+    def __init__(self, monkeypatch, arrivals):
+        self.arrivals, self.now, self.exits = iter(arrivals), 0.0, []
+        stands_for = SimpleNamespace(read=self.read, close=lambda reader: None, _exit=self.exits.append)
+        monkeypatch.setattr(module, "os", stands_for)
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def read(self, reader, count):
+        self.now, numbers = next(self.arrivals, (self.now, ()))
+        return bytes(numbers)
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "exits"),
+    [
+        ([(1.0, [INT]), (1.0 + REPEAT_AFTER, [INT])], []),
+        ([(1.0, [INT]), (1.1 + REPEAT_AFTER, [INT])], [130]),
+        ([(1.0, [TERM]), (1.1 + REPEAT_AFTER, [TERM])], [143]),
+        ([(1.0, [INT, INT, TERM]), (9.0, [TERM])], []),
+        ([(1.0, [INT, TERM]), (9.0, [TERM, INT])], [130]),
+        ([(1.0, [INT]), (1.4, [INT]), (1.8, [INT])], [130]),  # since the first one, not since the last
+        ([(1.0, [signal.SIGCHLD]), (8.0, [INT]), (9.0, [signal.SIGCHLD])], []),
+        ([(1.0, [signal.SIGCHLD, USR1]), (9.0, [signal.SIGCHLD, USR1])], [138]),
+    ],
+)
+def test_which_signal_is_a_repetition(monkeypatch, arrivals, exits):
+    clock, acted = Clock(monkeypatch, arrivals), []
+    signals = StopSignals()
+    signals.end_at_once(acted.append)
+    signals.watch(3)
+    assert clock.exits == exits
+    known = [number for _, numbers in arrivals for number in numbers if number != signal.SIGCHLD]
+    assert acted == known[:1]  # for the first one alone

@@ -162,3 +162,51 @@ def test_without_the_variable_a_site_costs_nothing():
         faults.enter("step")
     assert (time.process_time() - begin) / 100_000 < 20e-6
     assert os.environ.get("FAULT") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        ("kill", signal.SIGKILL),
+        ("stop", signal.SIGSTOP),
+        ("term", signal.SIGTERM),
+        ("int", signal.SIGINT),
+        ("usr1", signal.SIGUSR1),
+    ],
+)
+def test_the_signal_of_every_kind_goes_to_this_process(monkeypatch, kind, number):
+    sent = []
+    monkeypatch.setattr(os, "kill", lambda *call: sent.append(call))
+    faults = FaultInjector(parse(f"{kind}@*:step:2"), rank=5)
+    faults.enter("step")
+    assert sent == []
+    faults.enter("step")
+    faults.enter("step")
+    assert sent == [(os.getpid(), number)]
+
+
+def test_a_rank_and_a_count_may_have_several_digits():
+    assert parse("raise@12:step:10") == (Fault("raise", 12, "step", 10, False),)
+    assert parse("delay2@0:step:1")[0].seconds == 2.0
+    for rank, is_its in ((12, True), (1, False), (2, False)):
+        faults = FaultInjector(parse("raise@12:step:10"), rank=rank)
+        assert bool(faults) == faults.changes_values == is_its
+    assert not FaultInjector().changes_values
+
+
+def test_the_message_names_this_rank_and_the_visit():
+    faults = FaultInjector(parse("raise@*:*:2+"), rank=3)
+    for site in ("forward", "backward"):
+        faults.enter(site)
+    for visit in (2, 3):
+        with pytest.raises(RuntimeError, match=rf"^fault raise@3:backward:{visit}$"):
+            faults.enter("backward")
+
+
+def test_several_faults_of_a_site_happen_in_their_order_and_numbers_multiply():
+    faults = FaultInjector(parse("times10@0:loss:1,times10@0:loss:1,nan@0:gradient:1+"))
+    assert faults.value("loss", 2.0) == 200.0
+    assert math.isnan(faults.value("gradient", 1.0)) and math.isnan(faults.value("gradient", 1.0))
+    faults.enter("step")  # a number at a site without a value changes nothing
+    with pytest.raises(OSError, match="No space left"):
+        FaultInjector(parse("delay0.001@0:write:1,enospc@0:write:1,raise@0:write:1")).enter("write")

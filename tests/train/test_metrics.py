@@ -3,13 +3,15 @@
 import json
 import os
 import resource
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from neox.errors import DiskError
-from neox.train.metrics import MetricsLog, drop_after, measured_flops, memory_gb, peak_flops, vector_flops
+from neox.train.metrics import DROPPED, MetricsLog, drop_after, measured_flops, memory_gb, peak_flops, vector_flops
 
 
 def write(folder, steps):
@@ -259,3 +261,76 @@ def test_a_cut_line_does_not_join_the_next_one_that_is_dropped(tmp_path):
         '{"step": 4, "lo',
         '{"step": 6, "loss": 2.0}',
     ]
+
+
+def test_the_best_of_the_timed_products_counts_and_the_first_is_not_timed(monkeypatch):
+    seconds = iter([0.5, 4.0, 2.0, 8.0])
+    monkeypatch.setattr("neox.train.metrics.seconds_on_cpu", lambda call: next(seconds))
+    assert measured_flops(torch.device("cpu"), torch.float32, size=8, rounds=3) == 2 * 8**3 / 2.0
+    monkeypatch.setattr("neox.train.metrics.seconds_on_cpu", lambda call: 1.0)
+    assert measured_flops(torch.device("cpu"), torch.float32, rounds=1) == 2 * 768**3
+
+
+def test_which_product_stands_for_an_unknown_device(monkeypatch):
+    """A CPU's is of fp32 whatever the run computes in: its bf16 product may be an emulation."""
+    monkeypatch.setattr("neox.train.metrics.vector_flops", lambda dtype: 0.0)
+    speeds = {("cpu", torch.float32): 2.0, ("cuda", torch.bfloat16): 3.0, ("meta", torch.bfloat16): 4.0}
+    monkeypatch.setattr("neox.train.metrics.measured_flops", lambda device, dtype: speeds[device.type, dtype])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Unknown")
+    assert [peak_flops(torch.device(name), torch.bfloat16) for name in ("cpu", "cuda", "meta")] == [2.0, 3.0, 4.0]
+
+
+def test_without_a_reported_clock_the_vector_units_have_no_speed(monkeypatch):
+    monkeypatch.setattr("neox.train.metrics.cpuinfo", lambda key: [])
+    assert vector_flops(torch.float32) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc reports the peak too")
+def test_memory_is_the_peak_that_the_kernel_reports():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    assert memory_gb(torch.device("cpu")) == pytest.approx(peak / 1e9, rel=0.02)
+
+
+def test_records_are_on_the_disk_aside_before_they_leave_the_file(tmp_path, monkeypatch):
+    write(tmp_path, [1, 2, 3])
+    before, synced = (tmp_path / "metrics.jsonl").read_bytes(), []
+
+    def sync(descriptor):
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        synced.append((name, (tmp_path / "metrics.jsonl").read_bytes() == before, steps(tmp_path / DROPPED)))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    assert drop_after(tmp_path, 1) == 2
+    assert synced[0] == (DROPPED, True, [2, 3])
+    (tmp_path / DROPPED).unlink()
+    (tmp_path / DROPPED).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DiskError, match="records cannot be written; where=.*metrics.dropped.jsonl"):
+        MetricsLog(tmp_path, 0, tensorboard=False)
+    assert steps(tmp_path / "metrics.jsonl") == [1] and not (tmp_path / "elsewhere").exists()
+
+
+def test_each_row_of_lost_records_is_reported_with_its_end(tmp_path):
+    told: list[str] = []
+    log = MetricsLog(tmp_path, 0, tensorboard=False, report=told.append)
+    file, full = log.file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    for step in range(1, 7):
+        log.file = file if step in (1, 4) else full
+        log.write({"step": step})
+    log.file = file
+    log.close()
+    full.close()
+    assert steps(log.path) == [1, 4]
+    assert told[1::2] == [
+        "2 records were lost, of steps 2 to 3: the disk refused them",
+        "2 records were lost, of steps 5 to 6: the disk refused them",
+    ]
+    assert len(told) == 4 and all("got=No space left on device" in line for line in told[::2])
+
+
+def test_a_record_that_is_not_json_is_no_line(tmp_path):
+    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        log.write({"step": 1, "loss": float("nan")})
+    log.close()
+    assert log.path.read_bytes() == b""

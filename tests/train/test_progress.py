@@ -36,7 +36,7 @@ def test_line():
 def test_short_and_duration():
     assert [short(x) for x in (0, 950, 12_345, 4_560_000, 7.8e9)] == ["0", "950", "12.3k", "4.56M", "7.8G"]
     assert [short(x) for x in (999, 1000, 999_000, 1_000_000, 1_000_000_000)] == ["999", "1k", "999k", "1M", "1G"]
-    assert duration(3661.4) == "1:01:01"
+    assert [duration(x) for x in (0, 59.6, 3661.4, 90_000)] == ["0:00:00", "0:01:00", "1:01:01", "1 day, 1:00:00"]
 
 
 def lines(interval, steps, total, **extra):
@@ -137,3 +137,32 @@ def test_a_log_without_a_terminal_has_the_lines_of_steps():
     log = io.StringIO()
     Progress(None, log, 100, 10).step(RECORD, first=False)
     assert log.getvalue().startswith("step 20/100 | ") and "ETA 0:02:40" in log.getvalue()
+
+
+def test_the_time_left_is_by_the_smoothed_time_from_the_third_step_on():
+    terminal = io.StringIO()
+    progress = Progress(terminal, None, 10, 1)
+    for step, seconds in ((1, 100.0), (2, 2.0), (3, 12.0)):
+        progress.step({**RECORD, "step": step, "step_time": seconds}, first=False)
+    left = [line.rpartition(" | ")[2] for line in terminal.getvalue().splitlines()]
+    assert left == ["ETA 0:15:00", "ETA 0:00:16", "ETA 0:00:21"]  # 9 x 100, 8 x 2, 7 x (0.9 x 2 + 0.1 x 12)
+
+
+def test_a_run_that_computes_no_norm_has_no_column_for_it():
+    terminal = io.StringIO()
+    Progress(terminal, None, 100, 1, grad_norm=False).step({**RECORD, "grad_norm": None}, first=False)
+    assert "| lr 0.0006 | 12.3k tok/s |" in terminal.getvalue()
+
+
+def test_a_log_that_refuses_a_line_does_not_silence_the_terminal():
+    terminal = io.StringIO()
+    log = open("/dev/full", "w")  # noqa: SIM115, closing it fails too
+    with pytest.raises(DiskError, match="do=free space and resume"):
+        Progress(terminal, log, 10, 1).report("the last line")
+    close_log(log)
+    assert terminal.getvalue() == "the last line\n"
+    held = Progress(terminal, None, 10, 1)
+    held.report("before")
+    held.write_to(first := io.StringIO())
+    held.write_to(second := io.StringIO())
+    assert (first.getvalue(), second.getvalue()) == ("before\n", "")  # once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -10,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from neox.config.schema import Config
-from neox.config.validate import batch_sizes
+from neox.config.validate import BatchSizes, batch_sizes
 from neox.engine.engine import StepResult
 from neox.errors import DiskError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
-from neox.train.plan_check import PlanCheck
+from neox.train.metrics import memory_gb
+from neox.train.plan_check import Comparison, PlanCheck
 from neox.train.progress import Progress
 from neox.train.recorder import Recorder, describe_layout
 from neox.train.run_dir import RunDir
@@ -165,3 +167,101 @@ def test_the_layout_as_text():
         describe_layout(dataclasses.replace(Mesh.single(), tp=2, dp=4, sequence=True))
         == " (tensor 2, data 4, sequence parallel)"
     )
+
+
+def test_every_number_of_a_record(tmp_path):
+    recorder = make_recorder(tmp_path, io.StringIO(), dp=2)
+    recorder.peak = 1e15
+    record = recorder.make_record(dataclasses.replace(RESULT, step=7), 0.5, tokens=448, samples=28)
+    model = GPT(recorder.config.model, Mesh.single())
+    flops = model.flops_per_token(16) * 64  # of the sequences of this run, not of the longest that the model takes
+    assert flops != model.flops_per_token(32) * 64
+    memory = record.pop("memory_gb")
+    assert record == {
+        "step": 7,
+        "loss": 2.5,
+        "targets": 60,
+        "lr": 0.1,
+        "grad_norm": 0.5,
+        "tokens": 448,
+        "samples": 28,
+        "tokens_per_s": 128.0,
+        "tflops": pytest.approx(flops / 0.5 / 2 / 1e12),
+        "mfu": pytest.approx(flops / 0.5 / 2 / 1e15),
+        "step_time": 0.5,
+    }
+    assert memory == pytest.approx(memory_gb(recorder.mesh.device), rel=0.1)
+    assert recorder.plan.steps == recorder.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "text"),
+    [
+        ({}, "1 process on cpu"),
+        ({"dp": 2}, "2 processes on cpu"),
+        ({"tp": 2, "dp": 3}, "6 processes on cpu (tensor 2, data 3)"),
+    ],
+)
+def test_the_start_names_model_layout_and_batch(tmp_path, layout, text):
+    terminal = io.StringIO()
+    recorder = make_recorder(tmp_path, terminal)
+    recorder.mesh = dataclasses.replace(Mesh.single(), **layout)
+    recorder.sizes = BatchSizes(micro_batch_size=4, gradient_accumulation=3, global_batch_size=24, dp=2)
+    recorder.report_start()
+    weights = GPT(recorder.config.model, Mesh.single()).logical_weights()
+    parameters = sum(tensor.numel() for _, tensor in weights)
+    stage, dtype = recorder.config.zero.stage, recorder.config.precision.dtype
+    assert terminal.getvalue() == (
+        f"{parameters:,} parameters | {text} | ZeRO {stage} | {dtype} | batch 24 = 4 x 3 x 2\n"
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_end_compares_the_plan_and_the_first_process_stores_it(tmp_path, monkeypatch, rank):
+    terminal, peaks = io.StringIO(), []
+    recorder = make_recorder(tmp_path, terminal)
+    recorder.mesh = dataclasses.replace(recorder.mesh, rank=rank)
+    found = Comparison(3, 1, (1.1e9, 1.0e9), 1.3e9, (2.0, 2.5))
+    monkeypatch.setattr(recorder.plan, "compare", lambda peak: (peaks.append(peak), found)[1])
+    recorder.make_record(RESULT, 0.5, tokens=64, samples=4)
+    recorder.report_end(9)
+    assert peaks == [recorder.peak]
+    assert terminal.getvalue().splitlines() == [*found.lines(), "done: step 9 of 9"]
+    assert (tmp_path / "plan.json").exists() == (rank == 0)
+
+
+def test_trackers_get_every_record_and_are_closed(tmp_path, monkeypatch):
+    got = []
+
+    class Tracked:
+        def __init__(self, config, folder, report):
+            got.append((config.run.dir, folder))
+
+        log = got.append
+
+        def close(self):
+            got.append("closed")
+
+    monkeypatch.setattr("neox.train.recorder.Trackers", Tracked)
+    recorder = make_recorder(tmp_path, io.StringIO())
+    recorder.open(0)
+    record = recorder.make_record(RESULT, 0.5, tokens=64, samples=4)
+    recorder.write(record)
+    recorder.close()
+    assert got == [(str(tmp_path), tmp_path), record, "closed"]
+    assert recorder.metrics.file.closed
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_a_record_that_the_disk_refuses_ends_the_run_unless_it_is_lossy(tmp_path, lossy):
+    terminal = io.StringIO()
+    recorder = make_recorder(tmp_path, terminal)
+    recorder.progress.lossy = lossy
+    recorder.open(0)
+    recorder.metrics.file.close()
+    recorder.metrics.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115, the recorder closes it
+    record = recorder.make_record(RESULT, 0.5, tokens=64, samples=4)
+    with contextlib.nullcontext() if lossy else pytest.raises(DiskError):
+        recorder.write(record)
+    recorder.close()
+    assert ("training continues without this record" in terminal.getvalue()) == lossy

@@ -132,6 +132,13 @@ def test_a_service_that_fails_is_left_behind(corpus, tmp_path, monkeypatch):
     assert said == ["Failing stopped recording: lost"]
 
 
+@pytest.mark.parametrize(("name", "extra"), [("wandb", "wandb"), ("comet_ml", "comet")])
+def test_the_extra_of_a_missing_package_is_named(monkeypatch, name, extra):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(EnvironmentProblem, match=rf"{name} is not installed; where=logging.{extra};.*\[{extra}\]"):
+        load(name)
+
+
 def test_a_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(
@@ -231,6 +238,7 @@ def test_a_wandb_that_cannot_be_reached_records_offline(corpus, tmp_path, monkey
     first, second = (kwargs for _, kwargs in service.of("init"))
     assert (first.pop("mode"), second.pop("mode")) == ("online", "offline") and first == second
     assert said[0] == "Weights & Biases cannot be reached (no route): recording offline"
+    assert "base_url" not in first["settings"]  # the package's own, or that of WANDB_BASE_URL
 
 
 def test_an_offline_wandb_that_does_not_start_is_an_error(corpus, tmp_path, monkeypatch):
@@ -282,3 +290,59 @@ def test_all_services_are_closed_although_one_fails(corpus, tmp_path, monkeypatc
     services.close()
     assert good.finished == 1
     assert said == ["Failing stopped recording: never reached: it was left behind"]
+
+
+def test_a_refused_login_records_offline(corpus, tmp_path, monkeypatch):
+    service = Service()
+    service.login = lambda **_: False
+    service.offline = True
+    _, said, _ = opened(monkeypatch, corpus, tmp_path, service, 'wandb={"project": "p"}')
+    assert [kwargs["mode"] for _, kwargs in service.of("init")] == ["offline"]
+    assert said == [
+        "Weights & Biases cannot be reached (no key: set WANDB_API_KEY, or run `wandb login`): recording offline",
+        f"Weights & Biases: {tmp_path / 'wandb'}; upload by `wandb sync`",
+    ]
+
+
+def test_every_service_that_is_configured_is_opened(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "load", lambda name: Service())
+    sections = ('logging.wandb={"project": "p"}', 'logging.comet={"project": "p"}')
+    names = ["Wandb", "Comet"]
+    for part in (slice(0, 0), slice(0, 1), slice(1, 2), slice(0, 2)):
+        services = open_trackers(make_config(corpus, tmp_path, *sections[part]), tmp_path, print)
+        assert [type(service).__name__ for service in services] == names[part]
+
+
+def test_a_service_that_fails_costs_the_others_no_step(corpus, tmp_path, monkeypatch):
+    class Good:
+        def __init__(self):
+            self.steps = []
+
+        def log(self, step, numbers):
+            self.steps.append((step, numbers))
+
+    services = [Good(), Failing(), Good()]
+    monkeypatch.setattr(trackers, "open_trackers", lambda *_: list(services))
+    recording = Trackers(make_config(corpus, tmp_path), tmp_path, print)
+    for step in (1, 2, 3):
+        recording.log({"step": step, "loss": 0.0, "grad_norm": None})
+    assert services[0].steps == services[2].steps == [(step, {"loss": 0.0}) for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("\n one\ntwo"), "one"),
+        (ValueError(), "ValueError"),
+        (ConnectionError("  "), "ConnectionError"),
+        (OSError("x" * 300), "x" * 200),
+    ],
+)
+def test_an_error_is_one_line(error, text):
+    assert trackers.first_line(error) == text
+
+
+def test_a_stored_id_is_read_without_its_line_end(tmp_path):
+    (tmp_path / "id").write_text("  abc\n")
+    assert run_id(tmp_path / "id", lambda: pytest.fail("there is one")) == "abc"
+    assert run_id(tmp_path / "new", lambda: "def") == (tmp_path / "new").read_text().strip() == "def"
