@@ -34,7 +34,13 @@ void positions_restart_at_each_segment(std::mt19937_64& random) {
     for (int round = 0; round < 300; ++round) {
         std::vector<int32_t> segments(random() % 300);
         int32_t id = 0;
-        for (auto& segment : segments) segment = id += static_cast<int32_t>(random() % (1 + random() % 100) == 0);
+        // ascending as in a batch; else an id may come back, after one token or many
+        const int32_t step = round % 2 == 0 ? 1 : -3;
+        for (auto& segment : segments) {
+            id += step * static_cast<int32_t>(random() % (1 + random() % 100) == 0);
+            segment = step == 1 ? id : id % 2;
+            if (step != 1 && random() % 20 == 0) segment = INT32_MIN;
+        }
         std::vector<int64_t> positions(segments.size(), -1), wanted(segments.size());
         for (size_t i = 0; i < segments.size(); ++i)
             wanted[i] = i > 0 && segments[i] == segments[i - 1] ? wanted[i - 1] + 1 : 0;

@@ -144,6 +144,22 @@ void sample_numbers_beyond_32_bits() {
     }
 }
 
+// Counts and sample numbers around 2^50 to 2^53, which the vectors cannot hold exactly: they go one by one.
+void numbers_that_a_double_barely_holds() {
+    for (const int bits : {50, 51, 52, 53}) {
+        for (const std::vector<double>& weights :
+             std::vector<std::vector<double>>{{0.5, 0.5}, {0.25, 0.75}, std::vector<double>(8, 0.125)}) {
+            const int64_t first = (int64_t{1} << bits) - 1000;
+            Blend ours(weights);
+            for (size_t k = 0; k < weights.size(); ++k)
+                ours.taken[k] = static_cast<int64_t>(weights[k] * static_cast<double>(first));
+            expect_equal(ours, first, 5000);
+            ours.taken[0] = first;  // one count is large, the sample number is not
+            expect_equal(ours, 1, 5000);
+        }
+    }
+}
+
 void many_datasets() {
     for (const size_t count : {255, 256, 257, 300, 40000}) {
         Blend ours(std::vector<double>(count, 1.0 / static_cast<double>(count)));
@@ -173,6 +189,7 @@ int main() {
     chunks_run_in_parallel(random);
     counts_that_are_guessed_wrong(random);
     sample_numbers_beyond_32_bits();
+    numbers_that_a_double_barely_holds();
     many_datasets();
     bad_weights();
     return tally.finish();

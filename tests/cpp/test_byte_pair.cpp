@@ -125,6 +125,64 @@ void whole_words() {
     }
 }
 
+// Bytes that no UTF-8 has may lack a token, and nothing merges with them.
+void bytes_without_a_token() {
+    Model model;
+    for (uint32_t b = 0; b < 256; ++b) model.byte_ids.push_back(b < 0xF5 ? b : BytePairs::kNone);
+    model.left = {'a'}, model.right = {'b'}, model.merged = {300};
+    model.ranks[{'a', 'b'}] = 0;
+    const BytePairs pairs = model.pairs();
+    EXPECT(pairs.may_part());
+    for (const size_t repeats : {1, 20, 300}) {
+        std::string word;
+        for (size_t i = 0; i < repeats; ++i)
+            word +=
+                "ab\xF5\xFF"
+                "b";
+        EXPECT(encode(pairs, word) == model.encode(word));
+    }
+}
+
+// Of a pair that is listed twice the later rank and result count, as in a dictionary.
+void pairs_listed_twice() {
+    Model model;
+    for (uint32_t b = 0; b < 256; ++b) model.byte_ids.push_back(b);
+    model.left = {'a', 'b', 'a'}, model.right = {'b', 'c', 'b'}, model.merged = {300, 301, 302};
+    model.ranks = {{{'a', 'b'}, 2}, {{'b', 'c'}, 1}};
+    const BytePairs pairs = model.pairs();
+    for (const char* word : {"ab", "abc", "abab", "bcab"}) EXPECT(encode(pairs, word) == model.encode(word));
+    EXPECT(encode(pairs, "ab") == std::vector<uint32_t>{302});
+}
+
+// The texts of all tokens are known, in whatever order the merges are listed; else no word is split.
+void merges_in_any_order() {
+    Model model;
+    for (uint32_t b = 0; b < 256; ++b) model.byte_ids.push_back(b);
+    model.left = {302, 301, 300}, model.right = {'e', 'd', 'c'}, model.merged = {303, 302, 301};
+    model.left.push_back('a'), model.right.push_back('b'), model.merged.push_back(300);
+    const auto at = [](const char* word) { return reinterpret_cast<const uint8_t*>(word); };
+    const BytePairs pairs = model.pairs();
+    EXPECT(pairs.may_part());
+    EXPECT(!pairs.parts(at("abc"), 1, 3) && !pairs.parts(at("abc"), 2, 3));
+    EXPECT(!pairs.parts(at("bcd"), 1, 3) && !pairs.parts(at("cde"), 2, 3) && pairs.parts(at("bce"), 1, 3));
+    EXPECT(!pairs.parts(at("ab"), 1, 2) && pairs.parts(at("bc"), 1, 2) && pairs.parts(at("xabx"), 1, 4));
+    model.left.back() = 999;  // made by no merge
+    EXPECT(!model.pairs().may_part());
+    BytePairs whole = pairs;
+    whole.take_whole({{"abx", 900}});
+    EXPECT(pairs.may_part() && !whole.may_part());
+}
+
+void arrays_of_other_lengths() {
+    Model model;
+    for (uint32_t b = 0; b < 256; ++b) model.byte_ids.push_back(b);
+    const std::vector<uint32_t> none, one = {'a'}, many(size_t{1} << 24, 'a');
+    EXPECT_FAULT(BytePairs(model.byte_ids, one, none, none), "have different sizes");
+    EXPECT_FAULT(BytePairs(model.byte_ids, none, one, none), "have different sizes");
+    EXPECT_FAULT(BytePairs(model.byte_ids, one, one, none), "have different sizes");
+    EXPECT_FAULT(BytePairs(model.byte_ids, many, many, many), "too many merges; where=; got=16777216; want=below 2^24");
+}
+
 // A word of one repeated letter can merge at every position. The time stays proportional to its length.
 void linear_time() {
     std::mt19937_64 random(8);
@@ -153,6 +211,10 @@ int main() {
     equals_its_definition();
     words_split_where_no_token_crosses();
     whole_words();
+    bytes_without_a_token();
+    pairs_listed_twice();
+    merges_in_any_order();
+    arrays_of_other_lengths();
     linear_time();
     return tally.finish();
 }

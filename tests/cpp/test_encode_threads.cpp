@@ -1,7 +1,9 @@
 // Encoding chunks on threads: each result equals that of a single thread, for any number of threads and with other
 // chunks dropped. Closing leaves no chunk half encoded. Arguments: see budget.h (default: 60 rounds).
+#include <atomic>
 #include <random>
 #include <stdexcept>
+#include <thread>
 
 #include "budget.h"
 #include "data/encode_threads.h"
@@ -69,7 +71,8 @@ void check_chunk(const TextEncoder& texts, const Case& one, const EncodedChunk& 
     EXPECT(chunk.sizes == alone.sizes);
     EXPECT_EQ(chunk.unsure.size(), alone.unsure.size());
     for (size_t i = 0; i < std::min(chunk.unsure.size(), alone.unsure.size()); ++i)
-        EXPECT_EQ(chunk.unsure[i].first, alone.unsure[i].first);
+        EXPECT(chunk.unsure[i].first == alone.unsure[i].first && chunk.unsure[i].last == alone.unsure[i].last &&
+               chunk.unsure[i].line == alone.unsure[i].line && chunk.unsure[i].document == alone.unsure[i].document);
     EXPECT(chunk.blank == alone.blank && chunk.empty == alone.empty);
 }
 
@@ -91,6 +94,28 @@ void round(const TextEncoder& texts, std::mt19937_64& random, LineState& alone) 
         }
         threads.wait(*chunks[i]);
         check_chunk(texts, *cases[i], *chunks[i], wide, alone);
+    }
+}
+
+// Several callers of one pool, each of which waits for its own chunks.
+void check_callers(const TextEncoder& texts) {
+    std::string lines;
+    for (int i = 0; i < 20; ++i) lines += "{\"text\": \"all the words of one line 42\"}\n";
+    for (const int count : {1, 2, 3}) {
+        EncodeThreads threads(texts, false, count);
+        std::vector<std::thread> callers;
+        std::atomic<int> right{0};
+        for (int caller = 0; caller < 4; ++caller)
+            callers.emplace_back([&] {
+                for (int i = 0; i < 50; ++i) {
+                    const auto chunk = threads.start(reinterpret_cast<const uint8_t*>(lines.data()), lines.size(),
+                                                     ChunkKind::lines, {"text", kEod});
+                    threads.wait(*chunk);
+                    right += threads.done(*chunk) && chunk->sizes.size() == 20;
+                }
+            });
+        for (std::thread& caller : callers) caller.join();
+        EXPECT_EQ(right.load(), 200);
     }
 }
 
@@ -132,6 +157,7 @@ int main(int count, char** arguments) {
     const TextEncoder texts = encoder();
     LineState alone;
     check_close(texts);
+    check_callers(texts);
     while (budget.next()) round(texts, random, alone);
     std::printf("%llu rounds in %.1f s\n", static_cast<unsigned long long>(budget.done()), budget.seconds());
     return tally.finish();

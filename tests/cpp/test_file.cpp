@@ -1,4 +1,5 @@
 // Reading and durable writing of files: what is refused, and what is left after a failure.
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -7,6 +8,7 @@
 #include <cstring>
 
 #include "data/file.h"
+#include "disk_calls.h"
 #include "expect.h"
 
 using namespace data_test;
@@ -15,6 +17,21 @@ using neox::data::Mapping;
 using neox::data::OutputFile;
 
 namespace {
+
+// Numbers of the open files and maps of this process whose path contains a text.
+size_t open_files(const std::string& text) {
+    size_t found = 0;
+    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd"))
+        found += path_of(std::stoi(entry.path().filename())).find(text) != std::string::npos;
+    return found;
+}
+
+size_t maps(const std::string& text) {
+    std::ifstream lines("/proc/self/maps");
+    size_t found = 0;
+    for (std::string line; std::getline(lines, line);) found += line.find(text) != std::string::npos;
+    return found;
+}
 
 void inputs_that_are_refused() {
     const Folder folder;
@@ -30,6 +47,7 @@ void inputs_that_are_refused() {
     EXPECT_FAULT(InputFile("/dev/null"), "a device");
     put(folder / "file", {1, 2, 3});
     EXPECT_FAULT(open("file/below"), "Not a directory");
+    EXPECT_EQ(open_files(folder / "") + open_files("/dev/null"), open_files("/dev/null"));
 }
 
 void reads_and_maps() {
@@ -48,6 +66,32 @@ void reads_and_maps() {
     ::truncate((folder / "file").c_str(), 2);
     EXPECT_FAULT(file.check_unchanged(), "changed while it was open");
     EXPECT_FAULT(file.read_at(out, 5, 0), "changed while it was open");
+    put(folder / "file", {1, 2, 3, 4, 5});
+    file.check_unchanged();
+    put(folder / "file", {1, 2, 3, 4, 5, 6});  // also if it grew
+    EXPECT_FAULT(file.check_unchanged(), "got=6 bytes; want=5 bytes, as when it was opened");
+}
+
+// Neither is left open, by an object that ends or for a program that the process starts.
+void files_and_maps_are_closed() {
+    const Folder folder;
+    const std::string path = folder / "file";
+    put(path, {1, 2, 3});
+    {
+        const InputFile file(path);
+        const Mapping map(file);
+        OutputFile output(folder / "file.partial", 4);
+        EXPECT_EQ(maps(path), size_t{1});
+        EXPECT_EQ(open_files(path), size_t{2});
+        for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+            const int descriptor = std::stoi(entry.path().filename());
+            if (path_of(descriptor).find(path) != std::string::npos)
+                EXPECT((::fcntl(descriptor, F_GETFD) & FD_CLOEXEC) != 0);
+        }
+    }
+    EXPECT_FAULT(OutputFile(path, 4, 100), "shorter");
+    EXPECT_EQ(maps(path), size_t{0});
+    EXPECT_EQ(open_files(path), size_t{0});
 }
 
 // Records each written buffer.
@@ -125,6 +169,125 @@ void one_writer_at_a_time() {
     EXPECT_EQ(content_of(partial).size(), size_t{0});
 }
 
+// A new file may be read by whom the umask allows.
+void mode_of_a_new_file() {
+    const Folder folder;
+    for (const mode_t mask : {0, 022, 077}) {
+        const mode_t before = ::umask(mask);
+        const OutputFile file(folder / "file.partial", 4);
+        ::umask(before);
+        struct stat info{};
+        ::stat((folder / "file.partial").c_str(), &info);
+        EXPECT_EQ(info.st_mode & 0777, 0666 & ~mask);
+    }
+}
+
+// A file that is continued at every length: what it had is seen again in full buffers, and what comes after is cut off.
+void resumed_files() {
+    std::vector<uint8_t> content(23);
+    for (size_t i = 0; i < content.size(); ++i) content[i] = static_cast<uint8_t>(i + 1);
+    for (const uint64_t buffer : {1, 4, 23, 100}) {
+        for (uint64_t at = 1; at <= content.size(); ++at) {
+            const Folder folder;
+            put(folder / "file.partial", content);
+            Watched file(folder / "file.partial", buffer, at);
+            EXPECT_EQ(content_of(folder / "file.partial").size(), at);
+            file.reread();
+            EXPECT_EQ(file.size(), at);
+            EXPECT_EQ(file.counts.size(), at / buffer);
+            const uint8_t more[] = {201, 202, 203, 204, 205};
+            file.write(more, sizeof more);
+            file.sync();
+            EXPECT_EQ(content_of(folder / "file.partial").size(), at + sizeof more);
+            file.write(more, 2);
+            file.publish(folder / "file");
+            std::vector<uint8_t> wanted(content.begin(), content.begin() + static_cast<long>(at));
+            wanted.insert(wanted.end(), more, more + sizeof more);
+            wanted.insert(wanted.end(), more, more + 2);
+            EXPECT(content_of(folder / "file") == wanted);
+            EXPECT(file.bytes == wanted);
+            for (size_t i = 0; i + 1 < file.counts.size(); ++i) EXPECT_EQ(file.counts[i], buffer);
+        }
+    }
+    const Folder folder;
+    put(folder / "file.partial", content);
+    EXPECT_FAULT(OutputFile(folder / "file.partial", 4, 24), "got=23 bytes; want=at least 24");
+    EXPECT_EQ(content_of(folder / "file.partial").size(), content.size());
+    EXPECT_FAULT(OutputFile(folder / "absent.partial", 4, 1), "cannot open file");
+    EXPECT_EQ(folder.num_files(), 1u);
+}
+
+// What publish and sync do, in which order, and that each step's failure is a Fault.
+void durability() {
+    const Folder folder;
+    const std::string name = std::filesystem::path(folder / "x").parent_path().filename();
+    const auto publish = [&] {
+        OutputFile file(folder / "file.partial", 4);
+        file.write("abcdef", 6);
+        file.publish(folder / "file");
+    };
+    disk_calls.record();
+    publish();
+    disk_calls.stop();
+    EXPECT(disk_calls.has(
+        {"write file.partial", "write file.partial", "fsync file.partial", "rename file", "fsync " + name}));
+    EXPECT(disk_calls.ends_with("write file.partial", "fsync file.partial"));
+    const size_t calls = disk_calls.seen.size();
+    for (size_t failing = 0; failing < calls; ++failing) {
+        put(folder / "file", {9});
+        disk_calls.record(failing);
+        const std::string fault = fault_of(publish);
+        disk_calls.stop();
+        EXPECT(fault.find("Input/output error") != std::string::npos && fault.find("; disk") != std::string::npos);
+        EXPECT(failing == calls - 1 || content_of(folder / "file") == std::vector<uint8_t>{9});
+        EXPECT_EQ(folder.num_files(), 1u);
+    }
+    disk_calls.record(calls - 1, EINVAL);  // a file system that cannot sync a folder
+    publish();
+    disk_calls.record(calls - 3, EINVAL);  // but every one can sync a file
+    EXPECT_FAULT(publish(), "cannot sync; where=" + (folder / "file.partial"));
+    disk_calls.stop();
+
+    OutputFile file(folder / "file.partial", 4);
+    file.write("abcdef", 6);
+    disk_calls.record();
+    file.sync();
+    disk_calls.stop();
+    EXPECT(disk_calls.has({"write file.partial", "fdatasync file.partial"}));
+    EXPECT(disk_calls.ends_with("write file.partial", "fdatasync file.partial"));
+    EXPECT_EQ(content_of(folder / "file.partial").size(), size_t{6});
+    disk_calls.record(1);
+    EXPECT_FAULT(file.sync(), "cannot sync");
+    disk_calls.stop();
+}
+
+void folders_of_paths() {
+    const Folder folder;
+    const std::filesystem::path before = std::filesystem::current_path();
+    std::filesystem::create_directory(folder / "inner");
+    std::filesystem::current_path(folder / "inner");
+    disk_calls.record();
+    for (const char* path : {"file", "./file", "../file", "/file"}) neox::data::sync_folder_of(path);
+    neox::data::sync_folder_of(folder / "inner/file");
+    disk_calls.stop();
+    std::filesystem::current_path(before);
+    const std::string outer = "fsync " + std::filesystem::path(folder / "x").parent_path().filename().string();
+    EXPECT(disk_calls.seen == (std::vector<std::string>{"fsync inner", "fsync inner", outer, "fsync ", "fsync inner"}));
+    EXPECT_FAULT(neox::data::sync_folder_of(folder / "absent/file"),
+                 "cannot open folder; where=" + (folder / "absent"));
+}
+
+void removals() {
+    const Folder folder;
+    put(folder / "file", {1});
+    neox::data::remove_if_there(folder / "file");
+    neox::data::remove_if_there(folder / "file");
+    EXPECT_EQ(folder.num_files(), 0u);
+    std::filesystem::create_directory(folder / "inner");
+    EXPECT_FAULT(neox::data::remove_if_there(folder / "inner"), "cannot remove; where=" + (folder / "inner"));
+    EXPECT_EQ(folder.num_files(), 1u);
+}
+
 void full_disk() {
     ::signal(SIGXFSZ, SIG_IGN);
     rlimit before{};
@@ -150,6 +313,12 @@ int main() {
     writes_by_buffers();
     nothing_is_left_without_publish();
     one_writer_at_a_time();
+    files_and_maps_are_closed();
+    mode_of_a_new_file();
+    resumed_files();
+    durability();
+    folders_of_paths();
+    removals();
     full_disk();
     return tally.finish();
 }

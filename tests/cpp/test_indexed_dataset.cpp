@@ -223,6 +223,179 @@ void guarded_reads() {
     EXPECT_FAULT(dataset.guard(1, {}), "do not cover");
 }
 
+// Damage in the last block, which is shorter, and in the first; a changed file; and a guard that is replaced.
+void guarded_edges() {
+    const Folder folder;
+    const std::string prefix = write_dataset(folder, sample_parts());
+    const auto sums = file_block_checksums(prefix + ".bin", 100);
+    const std::vector<uint8_t> bin = content_of(prefix + ".bin");  // 1422 bytes
+    int64_t out[711];
+    for (const size_t at : {size_t{0}, size_t{99}, size_t{1400}, bin.size() - 1}) {
+        std::vector<uint8_t> damaged = bin;
+        damaged[at] ^= 0x80;
+        put(prefix + ".bin", damaged);
+        IndexedDataset dataset(prefix);
+        EXPECT(dataset.damaged_blocks().empty());  // without checksums
+        dataset.read(0, 711, out, nullptr);
+        dataset.guard(100, sums);
+        dataset.read(50, 650, out, nullptr);
+        EXPECT_FAULT(dataset.read(at / 2, 1, out, nullptr),
+                     at < 100 ? "bytes 0 to 100; got=block 0, starting in document 0"
+                              : "bytes 1400 to 1422; got=block 14, starting in document 4");
+        EXPECT_FAULT(dataset.check_blocks(at, at), "checksum differs");
+        EXPECT(dataset.damaged_blocks() == std::vector<uint64_t>{at / 100});
+        dataset.guard(100, file_block_checksums(prefix + ".bin", 100));
+        dataset.read(0, 711, out, nullptr);
+        dataset.guard(100, sums);  // what was verified by other checksums is not by these
+        EXPECT_FAULT(dataset.read(0, 711, out, nullptr), "checksum differs");
+    }
+    put(prefix + ".bin", bin);
+    for (const char* file : {".idx", ".bin"}) {
+        const std::vector<uint8_t> content = content_of(prefix + file);
+        const IndexedDataset dataset(prefix);
+        dataset.check_unchanged();
+        std::vector<uint8_t> longer = content;
+        longer.push_back(0);
+        put(prefix + file, longer);
+        EXPECT_FAULT(dataset.check_unchanged(), std::string("where=") + prefix + file);
+        put(prefix + file, content);
+    }
+    const IndexedDataset dataset(prefix);
+    const std::vector<uint8_t> idx = content_of(prefix + ".idx");
+    EXPECT_EQ(dataset.idx_checksum(), checksum(idx.data(), idx.size()));
+}
+
+// Rows of consecutive samples, in an order of documents or in that of the file, against their tokens one by one.
+template <typename T>
+void rows_equal_their_definition() {
+    const Folder folder;
+    const IndexParts parts = sample_parts();
+    const IndexedDataset dataset(write_dataset(folder, parts));
+    const T order[] = {6, 1, 0, 3, 2, 4, 7, 5};
+    for (const bool ordered : {false, true}) {
+        std::vector<int64_t> tokens, positions, offsets;  // of every token of the stream
+        std::vector<int32_t> documents;
+        for (int64_t p = 0; p < 8; ++p) {
+            const auto sequence = static_cast<uint64_t>(ordered ? order[p] : p);
+            for (int32_t i = 0; i < parts.sizes[sequence]; ++i) {
+                tokens.push_back(static_cast<int64_t>(dataset.index().first_token(sequence)) + i);
+                positions.push_back(p), offsets.push_back(i);
+                documents.push_back(
+                    static_cast<int32_t>(ordered ? sequence : dataset.index().document_of_sequence(sequence)));
+            }
+        }
+        for (const uint64_t length : {1, 2, 5, 9, 300, 710}) {
+            const int64_t rows[] = {2, 0, 3};
+            const uint64_t firsts[] = {0, tokens.size() - length - 1, (tokens.size() - length - 1) / 2};
+            std::vector<int64_t> starts, skips;
+            for (const uint64_t first : firsts) {
+                starts.push_back(ordered ? positions[first] : static_cast<int64_t>(first));
+                skips.push_back(offsets[first]);
+            }
+            const size_t cells = 5 * length;
+            for (const int optional : {0, 1, 2}) {
+                std::vector<int64_t> inputs(cells, -1), targets(cells, -1), places(cells, -1);
+                std::vector<int32_t> segments(cells, -1);
+                const IndexedDataset::Rows to{rows,
+                                              3,
+                                              length,
+                                              inputs.data(),
+                                              targets.data(),
+                                              optional > 0 ? segments.data() : nullptr,
+                                              optional > 1 ? places.data() : nullptr};
+                const IdRange range = ordered ? dataset.read_ordered_rows(order, 8, starts.data(), skips.data(), to)
+                                              : dataset.read_rows(starts.data(), to);
+                std::vector<int64_t> wanted_inputs(cells, -1), wanted_targets(cells, -1), wanted_places(cells, -1);
+                std::vector<int32_t> wanted_segments(cells, -1);
+                IdRange wanted;
+                for (size_t sample = 0; sample < 3; ++sample) {
+                    int32_t segment = 0;
+                    int64_t place = 0;
+                    for (size_t i = 0; i <= length; ++i) {
+                        const size_t at = firsts[sample] + i, cell = static_cast<size_t>(rows[sample]) * length + i;
+                        wanted.smallest = std::min(wanted.smallest, tokens[at]);
+                        wanted.largest = std::max(wanted.largest, tokens[at]);
+                        if (i > 0) wanted_targets[cell - 1] = tokens[at];
+                        if (i == length) break;
+                        if (i > 0 && documents[at] != documents[at - 1]) ++segment, place = 0;
+                        wanted_inputs[cell] = tokens[at];
+                        wanted_segments[cell] = optional > 0 ? segment : -1;
+                        wanted_places[cell] = optional > 1 ? place++ : -1;
+                    }
+                }
+                EXPECT(inputs == wanted_inputs);
+                EXPECT(targets == wanted_targets);
+                EXPECT(segments == wanted_segments);
+                EXPECT(places == wanted_places);
+                EXPECT(range.smallest == wanted.smallest && range.largest == wanted.largest);
+            }
+        }
+        std::vector<int64_t> out(800);
+        const int64_t row = 0, late = static_cast<int64_t>(ordered ? 6 : tokens.size() - 5), none = 0;
+        const IndexedDataset::Rows to{&row, 1, 6, out.data(), out.data(), nullptr, nullptr};
+        if (ordered)
+            EXPECT_FAULT(dataset.read_ordered_rows(order, 8, &late, &none, to), "past the end of its order");
+        else
+            EXPECT_FAULT(dataset.read_rows(&late, to), "beyond the end of the dataset");
+        const std::vector<uint8_t> idx = content_of(folder / "data.idx");
+        ::truncate((folder / "data.idx").c_str(), 40);
+        if (ordered)
+            EXPECT_FAULT(dataset.read_ordered_rows(order, 8, &none, &none, to), "changed while it was open");
+        else
+            EXPECT_FAULT(dataset.read_rows(&none, to), "changed while it was open");
+        put(folder / "data.idx", idx);
+    }
+}
+
+// Ids of every type at its limits; the first one outside a vocabulary, on both sides of what is read at a time.
+void ids() {
+    const struct {
+        const char* name;
+        std::vector<int64_t> ids;
+    } cases[] = {{"uint8", {0, 255}},
+                 {"int8", {-128, 127}},
+                 {"int16", {-32768, 32767}},
+                 {"uint16", {0, 65535}},
+                 {"int32", {INT32_MIN, INT32_MAX}},
+                 {"int64", {INT64_MIN, INT64_MAX}}};
+    for (const auto& one : cases) {
+        const TokenType& type = token_type(one.name);
+        EXPECT_EQ(id_range(type, nullptr, 0).smallest, INT64_MAX);
+        EXPECT_EQ(id_range(type, nullptr, 0).largest, INT64_MIN);
+        for (const size_t count : {1, 2, 17, 300})
+            for (const size_t at : {size_t{0}, count / 2, count - 1})
+                for (const int64_t id : one.ids) {
+                    std::vector<uint8_t> raw;
+                    for (size_t i = 0; i < count; ++i) {
+                        const int64_t value = i == at ? id : 5;
+                        append(raw, &value, type.bytes);
+                    }
+                    const IdRange range = id_range(type, raw.data(), count);
+                    EXPECT_EQ(range.smallest, count == 1 ? id : std::min<int64_t>(id, 5));
+                    EXPECT_EQ(range.largest, count == 1 ? id : std::max<int64_t>(id, 5));
+                }
+    }
+    IdRange range{3, 5};
+    range.add({4, 9}), range.add({-1, 2}), range.add({});
+    EXPECT(range.smallest == -1 && range.largest == 9);
+
+    const Folder folder;
+    IndexParts parts;
+    parts.code = 4, parts.token_bytes = 4;
+    parts.sizes = {200'000};
+    parts.borders = {0, 1};
+    put(folder / "data.idx", index_bytes(parts));
+    for (const int32_t bad : {100, -1})
+        for (const size_t at : {0, 65'535, 65'536, 131'072, 199'999}) {
+            std::vector<int32_t> tokens(200'000, 99);
+            tokens[at] = bad, tokens.back() = at == 0 ? 99 : 1000;
+            std::vector<uint8_t> bin;
+            append(bin, tokens.data(), 4 * tokens.size());
+            put(folder / "data.bin", bin);
+            EXPECT_EQ(IndexedDataset(folder / "data").find_bad_token(100), at);
+        }
+}
+
 void token_types() {
     for (int code = 0; code < 256; ++code) {
         const bool known = bytes_of_code(static_cast<uint8_t>(code)) != 0;
@@ -244,6 +417,10 @@ int main() {
     reads();
     files_that_do_not_match();
     guarded_reads();
+    guarded_edges();
+    rows_equal_their_definition<int32_t>();
+    rows_equal_their_definition<int64_t>();
+    ids();
     token_types();
     return tally.finish();
 }

@@ -8,6 +8,7 @@
 
 #include "data/checksum.h"
 #include "data/indexed_writer.h"
+#include "disk_calls.h"
 #include "expect.h"
 #include "index_bytes.h"
 
@@ -124,6 +125,133 @@ void merging_keeps_every_border() {
     EXPECT(content_of(folder / "merged.bin") == wanted_tokens(all, token_type("int32")));
 }
 
+// Tokens that differ from their checksum, or a file that changed, are not copied into a dataset with new checksums.
+void damage_is_not_merged() {
+    const Folder folder;
+    Corpus corpus = {{std::vector<int64_t>(200, 7)}};
+    IndexedWriter writer(folder / "part", "uint16", kBlock);
+    write(writer, corpus);
+    writer.finish();
+    std::vector<uint8_t> bin = content_of(folder / "part.bin");
+    for (const size_t at : {size_t{0}, bin.size() - 1}) {
+        std::vector<uint8_t> damaged = bin;
+        damaged[at] ^= 1;
+        put(folder / "part.bin", damaged);
+        IndexedDataset part(folder / "part");
+        part.guard(kBlock, writer.block_sums());
+        IndexedWriter merged(folder / "merged", "uint16", kBlock);
+        EXPECT_FAULT(merged.add_dataset(part), "checksum differs");
+    }
+    EXPECT_EQ(folder.num_files(), 2u);
+}
+
+// A writer that resumes after some of the documents: the files are those of one that wrote all.
+void resumed_datasets() {
+    Corpus corpus;
+    for (int64_t d = 0; d < 20; ++d) corpus.push_back({std::vector<int64_t>(static_cast<size_t>(d * 7 % 40), 90 - d)});
+    for (const char* name : {"uint8", "int32"}) {
+        const TokenType& type = token_type(name);
+        for (const size_t first : {2, 7, 16, 20}) {
+            const Folder folder;
+            const Corpus before(corpus.begin(), corpus.begin() + static_cast<long>(first)),
+                after(corpus.begin() + static_cast<long>(first), corpus.end());
+            WriterProgress progress;
+            {
+                IndexedWriter writer(folder / "data", name, kBlock);
+                write(writer, before);
+                progress = writer.sync();
+                if (first != 7) write(writer, kCorpora[3]);  // not durable, and cut off
+                writer.keep();
+            }
+            EXPECT_EQ(progress.num_documents, first);
+            EXPECT_EQ(progress.largest_id, int64_t{89});
+            IndexedWriter writer(folder / "data", name, kBlock, progress);
+            EXPECT_EQ(writer.num_documents(), first);
+            EXPECT_EQ(writer.num_sequences(), first);
+            EXPECT_EQ(writer.num_tokens(), progress.num_tokens);
+            EXPECT_EQ(writer.largest_id(), int64_t{89});
+            write(writer, after);
+            writer.finish();
+            EXPECT(content_of(folder / "data.idx") == wanted_index(corpus, type));
+            EXPECT(content_of(folder / "data.bin") == wanted_tokens(corpus, type));
+            EXPECT(writer.block_sums() == file_block_checksums(folder / "data.bin", kBlock));
+            EXPECT_EQ(folder.num_files(), 2u);
+        }
+    }
+}
+
+// What cannot be resumed is left as it is; what was resumed and ends without `keep` is removed.
+void refused_resumption() {
+    const Folder folder;
+    const int64_t token = 1;
+    const auto resume = [&](const WriterProgress& progress) {
+        IndexedWriter writer(folder / "data", "uint8", kBlock, progress);
+    };
+    {
+        IndexedWriter writer(folder / "data", "uint8", kBlock);
+        writer.add_sequence(&token, 1);
+        EXPECT_FAULT(writer.sync(), "only documents of one sequence");
+        writer.end_document();
+        writer.sync();
+        writer.keep();
+    }
+    EXPECT_FAULT(resume({0, 0, -1}), "nothing to resume from");
+    EXPECT_FAULT(IndexedWriter(folder / "data", "uint8", 0, {1, 1, 1}), "nothing to resume from");
+    EXPECT_FAULT(resume({1, 2, 1}), "data.bin.partial; got=1 bytes; want=at least 2");
+    EXPECT_FAULT(resume({2, 1, 1}), "data.idx.partial; got=38 bytes; want=at least 42");
+    EXPECT_EQ(folder.num_files(), 2u);
+    resume({1, 1, 1});
+    EXPECT_EQ(folder.num_files(), 0u);
+    {
+        IndexedWriter writer(folder / "data", "uint8", kBlock);
+        writer.add_sequence(&token, 1);
+        writer.add_sequence(&token, 1);
+        writer.end_document();
+        EXPECT_FAULT(writer.sync(), "only documents of one sequence");
+        writer.add_sequence(&token, 1);
+        EXPECT_FAULT(writer.finish(), "last document was not ended");
+    }
+    EXPECT_EQ(folder.num_files(), 0u);
+}
+
+// The tokens are durable under their name before the index has its own, and an old index is removed before.
+void files_are_durable_in_the_order_of_their_use() {
+    const Folder folder;
+    const std::string name = std::filesystem::path(folder / "x").parent_path().filename();
+    const auto run = [&] {
+        IndexedWriter writer(folder / "data", "uint8", kBlock);
+        write(writer, kCorpora[3]);
+        writer.finish();
+    };
+    run();
+    disk_calls.record();
+    run();
+    disk_calls.stop();
+    EXPECT(disk_calls.has({"unlink data.idx", "fsync " + name, "fsync data.bin.partial", "rename data.bin",
+                           "fsync " + name, "rename data.idx", "fsync " + name}));
+    EXPECT(disk_calls.has({"fsync data.idx.partial", "rename data.idx"}));
+    for (const std::string file : {"data.bin.partial", "data.idx.partial"})
+        EXPECT(disk_calls.ends_with("write " + file, "fsync " + file));
+    const size_t calls = disk_calls.seen.size();
+    for (size_t failing = 0; failing < calls; ++failing) {
+        run();
+        disk_calls.record(failing);
+        const std::string fault = fault_of(run);
+        disk_calls.stop();
+        EXPECT(fault.find("Input/output error") != std::string::npos && fault.find("; disk") != std::string::npos);
+        if (std::filesystem::exists(folder / "data.idx"))
+            EXPECT(content_of(folder / "data.idx") == wanted_index(kCorpora[3], token_type("uint8")));
+    }
+    IndexedWriter writer(folder / "data", "uint8", kBlock);
+    write(writer, kCorpora[3]);
+    disk_calls.record();
+    writer.sync();
+    disk_calls.stop();
+    EXPECT(disk_calls.has({"fsync " + name}));
+    for (const std::string file : {"data.bin.partial", "data.idx.partial"})
+        EXPECT(disk_calls.ends_with("write " + file, "fdatasync " + file));
+}
+
 void misuse() {
     const Folder folder;
     EXPECT_FAULT(IndexedWriter(folder / "data", "float", kBlock), "unknown token type");
@@ -202,6 +330,10 @@ int main() {
     bytes_of_every_type();
     documents_at_once_equal_one_by_one();
     merging_keeps_every_border();
+    damage_is_not_merged();
+    resumed_datasets();
+    refused_resumption();
+    files_are_durable_in_the_order_of_their_use();
     misuse();
     kill_at_every_step();
     disk_full_at_every_byte();

@@ -56,6 +56,80 @@ void texts() {
     for (const char* blank : {"", " ", "\t\r", "\v\f "}) EXPECT(read(blank).kind == LineKind::blank);
 }
 
+// What Python's json writes or reads as a number or constant, at the end of a line and before another key.
+void numbers() {
+    for (const char* number :
+         {"0", "-0", "7", "120", "0.0", "-10.05", "1e5", "1E5", "1e+05", "1E-300", "0e0", "2.5e7", "NaN", "Infinity",
+          "-Infinity", "true", "false", "null", "123456789012345678901234567890"}) {
+        gives(std::string("{\"a\": ") + number + ", \"text\": \"n\"}", "n");
+        gives(std::string("{\"text\": \"n\", \"a\":") + number + "}", "n");
+        leaves(std::string("{\"text\": \"n\", \"a\": ") + number);
+        leaves(std::string("{\"text\": \"n\", \"a\": ") + number + "x}");
+        leaves(std::string("{\"text\": \"n\", \"a\": +") + number + "}");
+    }
+}
+
+// Escapes of the first and the last character of each length in UTF-8, with digits of both cases.
+void escapes() {
+    const std::pair<const char*, const char*> wanted[] = {{"\\u0001", "\x01"},
+                                                          {"\\u007f", "\x7F"},
+                                                          {"\\u0080", "\xC2\x80"},
+                                                          {"\\u07FF", "\xDF\xBF"},
+                                                          {"\\u0800", "\xE0\xA0\x80"},
+                                                          {"\\ud7ff", "\xED\x9F\xBF"},
+                                                          {"\\uE000", "\xEE\x80\x80"},
+                                                          {"\\uffff", "\xEF\xBF\xBF"},
+                                                          {"\\ud800\\udc00", "\xF0\x90\x80\x80"},
+                                                          {"\\uDBFF\\uDFFF", "\xF4\x8F\xBF\xBF"},
+                                                          {"\\u9aAf", "\xE9\xAA\xAF"},
+                                                          {"\\ud83d\\ude00", "\xF0\x9F\x98\x80"}};
+    for (const auto& [escape, utf8] : wanted) {
+        gives(std::string("{\"text\": \"") + escape + "\"}", utf8);
+        gives(std::string("{\"a\": \"") + escape + "\", \"text\": \"a" + escape + escape + "b\"}",
+              std::string("a") + utf8 + utf8 + "b");
+    }
+    EXPECT_EQ(read("{\"text\": \"\\u0000\"}").text, std::string(1, '\0'));
+    for (const char* escape :
+         {"\\uDBFF\\uDBFF", "\\uDBFF\\uE000", "\\uDFFF", "\\ud800", "\\ud800\\n", "\\ud800\\x", "\\u00/0", "\\u00:0",
+          "\\u00@0", "\\u00G0", "\\u00`0", "\\u00g0", "\\U0041", "\\'", "\\0", "\\v", "\\a"})
+        leaves(std::string("{\"text\": \"") + escape + "\"}");
+}
+
+// Only the key itself, not one that begins with it or that it begins with.
+void keys() {
+    gives(R"({"texts": "no", "tex": "no", "": "no", "Text": "no", "text": "yes"})", "yes");
+    gives(R"({"text": "yes", "texts": "no", "tex": "no", "": "no", "Text": "no", "TEXT": "no"})", "yes");
+    for (const char* line : {R"({"texts": "no"})", R"({"tex": "no"})", R"({"": "no"})", R"({"Text": "no"})"})
+        leaves(line);
+    EXPECT_EQ(read(R"({"": "a"})", "").text, std::string("a"));
+    EXPECT_EQ(read("{\"t\xC3\xA9xt\": \"a\"}", "t\xC3\xA9xt").text, std::string("a"));
+}
+
+// A line within a block, whose other lines are read as vectors with it: a character of every kind at every position,
+// and a text that only a later line would end.
+void lines_within_a_block() {
+    const auto read_first = [](const std::string& line, const std::string& rest) {
+        const std::string block = line + rest;
+        const std::vector<uint8_t> exact(block.begin(), block.end());
+        TextBuffer text;
+        uint64_t count = 0;
+        const LineKind kind =
+            read_json_line(exact.data(), exact.data() + line.size(), exact.data() + exact.size(), "text", text, count);
+        return kind == LineKind::text ? std::string(reinterpret_cast<const char*>(text.begin()), count)
+                                      : std::string(kind == LineKind::blank ? "(blank)" : "(unsure)");
+    };
+    const std::string rest = "\n{\"text\": \"of another line, longer than a vector\"}\n";
+    for (size_t before = 0; before < 35; ++before) {
+        const std::string left(before, 'x'), start = "{\"text\": \"" + left;
+        EXPECT_EQ(read_first(start + "\"}", rest), left);
+        EXPECT_EQ(read_first(start + "\\n \x7F~!#[]\\\\\"}", rest), left + "\n \x7F~!#[]\\");
+        EXPECT_EQ(read_first(start + "\xC3\xA9\xE6\x97\xA5y\"}", rest), left + "\xC3\xA9\xE6\x97\xA5y");
+        for (const char* unfinished : {"", "\\", "\\u12", "\xC3", "\x1F\"}", "\t\"}", "\xFF\"}", "\"", "\"} x"})
+            EXPECT_EQ(read_first(start + unfinished, rest), std::string("(unsure)"));
+        EXPECT_EQ(read_first(std::string(before, ' '), rest), std::string("(blank)"));
+    }
+}
+
 void doubts() {
     for (const char* line : {"{",
                              "}",
@@ -164,6 +238,10 @@ void mutated(Budget& budget) {
 int main(int count, char** arguments) {
     Budget budget(count, arguments, 100'000);
     texts();
+    numbers();
+    escapes();
+    keys();
+    lines_within_a_block();
     doubts();
     mutated(budget);
     return tally.finish();
