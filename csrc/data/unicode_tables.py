@@ -62,11 +62,20 @@ def each(codes: list[int], before: str, after: str, normalise) -> list[str]:
     return results
 
 
+def is_moved(marks: str) -> bool:
+    """Whether marks are reordered after a letter."""
+    return NFD("a" + marks) != "a" + marks
+
+
 def combining_classes(codes: list[int]) -> dict[int, int]:
     """Canonical combining class of every code point that has one, found from the known marks that it is reordered
     with.
     """
-    marks = {unicodedata.combining(chr(code)): chr(code) for code in code_points() if unicodedata.combining(chr(code))}
+    # those that the library knows: Python may follow a later Unicode version
+    marks: dict[int, str] = {}
+    for mark in map(chr, code_points()):
+        if unicodedata.combining(mark) and (is_moved(mark + LOW_MARK) or is_moved(HIGH_MARK + mark)):
+            marks.setdefault(unicodedata.combining(mark), mark)
     above_lowest = each(codes, "a", LOW_MARK, NFD)
     below_highest = each(codes, "a" + HIGH_MARK, "", NFD)
     found = {}
@@ -75,13 +84,9 @@ def combining_classes(codes: list[int]) -> dict[int, int]:
         if len(plain) > 1 or (low == "a" + plain + LOW_MARK and high == "a" + HIGH_MARK + plain):
             continue
         # classes below that of `code`
-        passed = [k for k, mark in marks.items() if NFD("a" + plain + mark) != "a" + plain + mark]
+        passed = [k for k, mark in marks.items() if is_moved(plain + mark)]
         # and at or below it
-        held = [
-            k
-            for k, mark in marks.items()
-            if k > max(passed, default=0) and NFD("a" + mark + plain) == "a" + mark + plain
-        ]
+        held = [k for k, mark in marks.items() if k > max(passed, default=0) and not is_moved(mark + plain)]
         found[code] = min(held)
     return found
 
