@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import xxhash
 
 from neox.data.store.statistics import document_statistics, duplicates, histogram, overlap
 from neox.errors import DataError
 
 EOD = 7
+PART = 1 << 18  # tokens read at a time
 DOCUMENTS = [[1, 2, EOD], [3, EOD], [], [1, 2], [EOD], [3], [1, 2, EOD, 4, EOD], [1, 2, EOD], [5] * 100]
 
 
@@ -30,6 +32,34 @@ def test_hashes_are_of_the_text_alone(make_dataset):
     assert np.array_equal(document_statistics(make_dataset(DOCUMENTS, "part"), EOD, (3, 8)).hashes, found[3:8])
     without = document_statistics(make_dataset(DOCUMENTS, "without"), None).hashes
     assert without[0] == without[7] != without[3]
+
+
+def test_a_hash_is_xxh64_of_the_ids_as_32_bits(make_dataset):
+    found = document_statistics(make_dataset(DOCUMENTS), EOD).hashes.tolist()
+    texts = [document[:-1] if document[-1:] == [EOD] else document for document in DOCUMENTS]
+    assert found == [xxhash.xxh64_intdigest(np.array(text, dtype="<u4").tobytes()) if text else 0 for text in texts]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("length", [PART - 1, PART, PART + 1, 2 * PART - 1, 2 * PART, 2 * PART + 1])
+def test_documents_around_what_is_read_at_a_time(make_dataset, length, ends):
+    """Hashed in parts, each with the hash of those before it as its seed. An end-of-document token within a document
+    is one of its ids, also where a part ends.
+    """
+    text = np.arange(length) % 50 + 10
+    text[PART // 2] = EOD
+    if length > PART:
+        text[PART - 1] = EOD
+    text[-1] = 5 if length > PART + 1 else 99
+    document = [*text.tolist(), EOD] if ends else text.tolist()
+    wanted = 0
+    for first in range(0, length, PART):
+        wanted = xxhash.xxh64_intdigest(text[first : first + PART].astype("<u4").tobytes(), wanted)
+    found = document_statistics(make_dataset([[50], document, [50, EOD], [50]], f"{length}{ends}"), EOD)
+    assert found.hashes[1] == wanted and found.hashes[0] == found.hashes[2] == found.hashes[3]
+    eods = int((text == EOD).sum()) + ends
+    assert (found.eod_tokens, found.ended) == (eods + 1, 1 + ends)
+    assert (found.smallest, found.largest) == (min(5, EOD) if text[-1] == 5 else EOD, max(text))
 
 
 def test_documents_larger_than_what_is_read_at_a_time(make_dataset):
