@@ -11,6 +11,8 @@ from neox.ops import attention, attention_qkv
 from tests import reference
 from tests.ops.attention_cases import CUDA, DTYPES, gradients, qkv_of
 
+native = torch.ops.neox
+
 
 def dropout_keep(b: int, s: int, t: int, n: int, p: float) -> torch.Tensor:
     """What dropout multiplies the probabilities by, read off uniform attention over one-hot values."""
@@ -44,6 +46,21 @@ def test_dropout_forward_and_backward(dtype):
         return attention(q, k, v, dropout_p=p, backend="native", **window)
 
     reference.check_against(ours, partial(reference.attention, keep=keep, **window), inputs)
+
+
+@pytest.mark.parametrize("queries", [1, 17])
+def test_the_mask_is_a_function_of_the_seed_and_the_place(queries):
+    """Key j of row i of head h in batch b draws word ((b n + h) s + i) ceil4(t) + j of Philox (attention.h), which
+    gives every head of every group its own mask, whatever the tiles.
+    """
+    b, t, g, m, p = 2, 21, 2, 2, 0.25
+    seed = torch.tensor([0x123456789ABCDEF, 0x7EDCBA987654321], device="cpu")
+    zeros = partial(torch.zeros, dtype=DTYPES[0])
+    values = torch.eye(t, 64, dtype=DTYPES[0])[None, :, None].expand(b, t, g, 64).contiguous()
+    q, k = zeros(b, queries, g * m, 64), zeros(b, t, g, 64)
+    out, _ = native.attention(q, k, values, None, None, seed, False, 1.0, 0, 0.0, p)
+    kept = (out[..., :t] != 0).transpose(1, 2)  # [b, n, s, t]
+    assert torch.equal(kept, reference.dropout_mask(b * g * m * queries, t, seed, p).view(kept.shape))
 
 
 def test_dropout_rate_and_independence():

@@ -182,5 +182,9 @@ def test_seed_errors():
     for seed in (torch.zeros(3, dtype=torch.int64, device="cpu"), torch.zeros(2, device="cpu")):
         with pytest.raises(ValueError, match=r"seed must be int64 \[2\]; got (Long \[3\]|Float \[2\])"):
             torch.ops.neox.bias_dropout_add(X, None, X, seed, 0.5)
+        with pytest.raises(ValueError, match=r"seed must be int64 \[2\]; got (Long \[3\]|Float \[2\])"):
+            torch.ops.neox.bias_dropout_add_backward(X, seed, 0.5, True)
+    with pytest.raises(ValueError, match=r"p must be from 0 to 1; got -0.5"):
+        torch.ops.neox.bias_dropout_add_backward(X, None, -0.5, True)
     with pytest.raises(ValueError, match=rf"dy {reference.FLOAT_RULE}; got Double"):
         torch.ops.neox.bias_dropout_add_backward(X.double(), None, 0.5, True)

@@ -403,6 +403,37 @@ STATISTICS = torch.ones(4, 2)
             "num_columns must lie within the 5 columns of logits and vocab_size 6; got 6",
         ),
         (
+            lambda: native.cross_entropy_statistics(X, T, -1, 5, 5, -100, False),
+            "num_columns must lie within the 5 columns of logits and vocab_size 5; got 5",
+        ),
+        (
+            lambda: native.cross_entropy_statistics(X, T, 0, -1, 5, -100, False),
+            "num_columns must lie within the 5 columns of logits and vocab_size 5; got -1",
+        ),
+        (
+            lambda: native.cross_entropy_statistics(X, T, 6, 5, 10, -100, False),
+            "num_columns must lie within the 5 columns of logits and vocab_size 10; got 5",
+        ),
+        *(
+            (
+                lambda statistics=statistics: native.cross_entropy(X, T, statistics, *COLUMNS, 0.0, 0.0, False, None),
+                r"statistics must be float32 \[4, rows\], contiguous; got \[",
+            )
+            for statistics in (STATISTICS.double(), torch.ones(4, 3), torch.ones(4), torch.ones(2, 4).T)
+        ),
+        (
+            lambda: native.cross_entropy_backward(torch.ones(2), X, T, torch.ones(4, 3), *COLUMNS, 0.0, 0.0),
+            r"statistics must be float32 \[4, rows\], contiguous; got \[4, 3\]",
+        ),
+        (
+            lambda: native.cross_entropy_fused_(X.clone(), T, 0, 4, 5, -100, 0.0, 0.0, 1.0),
+            "num_columns must be the full vocab_size, 5; got 4",
+        ),
+        (
+            lambda: native.cross_entropy_rescale_(X.clone(), torch.ones(2).double(), 1.0),
+            r"dloss must be float32, one for each of the 2 rows of dlogits; got \[2\]",
+        ),
+        (
             lambda: native.cross_entropy(X, T, STATISTICS[:3], *COLUMNS, 0.0, 0.0, False, None),
             r"statistics must be float32 \[4, rows\], contiguous; got \[3, 2\]",
         ),

@@ -47,7 +47,7 @@ def test_random_cases(op, chunk, request):
 @pytest.mark.parametrize("op", fuzz_cases.MAKERS)
 def test_a_few_cases(op):
     """That every maker makes cases that run, in the suite that is not called fuzz."""
-    for seed in range(5):
+    for seed in range(12):
         fuzz_cases.run(op, seed)
 
 

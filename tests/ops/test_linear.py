@@ -258,6 +258,14 @@ def test_few_rows_errors(inputs, message):
         native.linear_few_rows(*inputs)
 
 
-def test_upcast_backward_error():
-    with pytest.raises(ValueError, match=r"dy must be the gradient of 2 rows of 3 channels; got \[2, 4\]"):
-        native.linear_bf16_backward(X.bfloat16(), X.bfloat16(), W.bfloat16(), True, True, True)
+@pytest.mark.parametrize(
+    ("dy", "message"),
+    [
+        (X.bfloat16(), r"dy must be the gradient of 2 rows of 3 channels; got \[2, 4\]"),
+        (torch.ones(3, 3).bfloat16(), r"dy must be the gradient of 2 rows of 3 channels; got \[3, 3\]"),
+        (torch.ones(2, 3), "dy must be bfloat16; got Float"),
+    ],
+)
+def test_upcast_backward_error(dy, message):
+    with pytest.raises(ValueError, match=message):
+        native.linear_bf16_backward(dy, X.bfloat16(), W.bfloat16(), True, True, True)

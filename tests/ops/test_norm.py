@@ -101,6 +101,17 @@ def test_what_is_normed_is_the_rounded_sum(kind, dtype):
         assert (y.double() - unrounded).abs().max() > reference.TOLERANCE[dtype] * unrounded.abs().max()
 
 
+@pytest.mark.parametrize("biases", ["b1", "b2"])
+def test_two_norms_of_which_one_has_a_bias(biases):
+    inputs = inputs_of("dual layer", 33, torch.float32, False)
+    del inputs["b2" if biases == "b1" else "b1"]
+
+    def native(x, w1, w2, b1=None, b2=None):
+        return torch.ops.neox.norm(x, None, w1, b1, w2, b2, EPS, False)[:2]
+
+    reference.check_against(native, theirs("dual layer"), inputs)
+
+
 def test_large_mean_keeps_the_variance():
     x = reference.random(5, 819) + 1000
     weight, bias = torch.ones(819), torch.zeros(819)
@@ -231,6 +242,7 @@ W = torch.ones(4)
             r"^rms_norm: residual must have the dtype of x, Float; got BFloat16",
         ),
         (lambda: rms_norm(X, W, -1.0), r"eps must not be negative or NaN; got -1"),
+        (lambda: rms_norm(X, W, float("nan")), r"eps must not be negative or NaN; got nan"),
         (
             lambda: dual_layer_norm(X, W[:3], W, W, W, 1e-5),
             r"^dual_layer_norm: weight1 must have as many elements .*; got 3",
@@ -249,7 +261,14 @@ def test_errors(call, message):
     ("change", "message"),
     [
         ({"dy": X[:1]}, r"dy must have the shape of x, \[2, 4\]; got \[1, 4\]"),
+        ({"dy": X.bfloat16()}, r"dy must have the dtype of x, Float; got BFloat16"),
         ({"dy2": X}, r"dy2 must come with weight2; got dy2 alone"),
+        ({"weight2": W}, r"dy2 must come with weight2; got weight2 alone"),
+        ({"dy2": X[:1], "weight2": W}, r"dy2 must have the shape of x, \[2, 4\]; got \[1, 4\]"),
+        ({"dsum": X[:1]}, r"dsum must have the shape of x, \[2, 4\]; got \[1, 4\]"),
+        ({"mean": torch.ones(3)}, r"mean, rstd must come from the forward; got \[3\], \[2\]"),
+        ({"mean": torch.ones(0)}, r"mean, rstd must come from the forward; got \[0\], \[2\]"),
+        ({"rms": True}, r"mean, rstd must come from the forward; got \[2\], \[2\]"),
         ({"dsum": X.bfloat16()}, r"dsum must have the dtype of x, Float; got BFloat16"),
         ({"rstd": torch.ones(3)}, r"mean, rstd must come from the forward; got \[2\], \[3\]"),
     ],

@@ -350,8 +350,15 @@ Q, K, TABLE = torch.ones(2, 5, 3, 8), torch.ones(2, 5, 1, 8), torch.ones(5, 4)
         ((Q.double(), K, TABLE, TABLE), rf"rotary: q {reference.FLOAT_RULE}; got Double"),
         ((Q[0], K, TABLE, TABLE), r"q must have 4 dimensions; got 3 in shape \[5, 3, 8\]"),
         ((Q, K.bfloat16(), TABLE, TABLE), "k must have the dtype of q, Float; got BFloat16"),
+        ((Q, K[0], TABLE, TABLE), r"k must have 4 dimensions; got 3"),
+        ((Q, K[:1], TABLE, TABLE), r"k must have batch, seq and head_dim of q, \[2, 5, 3, 8\]; got \[1, 5, 1, 8\]"),
+        ((Q, K[..., :6], TABLE, TABLE), r"k must have batch, seq and head_dim of q, .*; got \[2, 5, 1, 6\]"),
         ((Q, K[:, :4], TABLE, TABLE), r"k must have batch, seq and head_dim of q, \[2, 5, 3, 8\]; got \[2, 4, 1, 8\]"),
         ((Q, K, TABLE.bfloat16(), TABLE), "cos must be float32; got BFloat16"),
+        ((Q, K, TABLE, TABLE.bfloat16()), "sin must be float32; got BFloat16"),
+        ((Q, K, TABLE[:, :0], TABLE[:, :0]), r"cos must have an even number of columns, .*; got \[5, 0\]"),
+        ((Q, K, TABLE.expand(1, 5, 4), TABLE), r"cos must have the batch size of the heads, 2; got \[1, 5, 4\]"),
+        ((Q, K, TABLE.expand(2, 5, 4), TABLE), r"sin must have the shape of cos, \[2, 5, 4\]; got \[5, 4\]"),
         ((Q, K, TABLE[0], TABLE), "cos must have 2 to 3 dimensions; got 1"),
         ((Q, K, TABLE[:4], TABLE), r"cos must have a row for each of the 5 positions; got \[4, 4\]"),
         ((Q, K, TABLE.expand(3, 5, 4), TABLE), r"cos must have the batch size of the heads, 2; got \[3, 5, 4\]"),
@@ -383,6 +390,28 @@ def test_errors(inputs, message):
 def test_packed_errors(qkv, message):
     with pytest.raises(ValueError, match=message):
         rotary_qkv(qkv, TABLE, TABLE)
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 3])
+def test_expanded_heads_are_refused(dimension):
+    shape = [2, 5, 2, 3, 8]
+    narrow = torch.ones([1 if i == dimension else size for i, size in enumerate(shape)])
+    with pytest.raises(ValueError, match=f"qkv must not be expanded.*; got stride 0 in dimension {dimension}"):
+        rotary_qkv(narrow.expand(shape), TABLE, TABLE)
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ((TABLE[:4], TABLE[:4]), r"rotary_qkv: cos must have a row for each of the 5 positions; got \[4, 4\]"),
+        ((TABLE.expand(3, 5, 4), TABLE), r"rotary_qkv: cos must have the batch size of the heads, 2"),
+        ((TABLE, TABLE[:, :2]), r"rotary_qkv: sin must have the shape of cos, \[5, 4\]; got \[5, 2\]"),
+        ((torch.ones(5, 10), TABLE), r"rotary_qkv: cos must have an even number of columns, at most head_dim 8"),
+    ],
+)
+def test_tables_that_do_not_fit_packed_heads_are_refused(tables, message):
+    with pytest.raises(ValueError, match=message):
+        rotary_qkv(torch.ones(2, 5, 1, 3, 8), *tables)
 
 
 def test_projection_that_does_not_divide_is_refused():

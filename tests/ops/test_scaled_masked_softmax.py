@@ -91,6 +91,19 @@ def test_nan_is_not_hidden_unless_masked(column):
     assert scaled_masked_softmax(x, ~mask, 1.0)[..., 1, column].isnan()
 
 
+@pytest.mark.parametrize("column", [0, 4, 32])
+def test_scores_of_minus_infinity_hide_a_column(column):
+    """As a mask that was added to the scores does; a row of nothing else is a row without visible columns."""
+    x = reference.random(1, 1, 2, 33)
+    x[..., column] = -torch.inf
+    x[..., 1, :] = -torch.inf
+    nothing = torch.zeros(1, 1, 2, 33, dtype=torch.bool)
+    y = scaled_masked_softmax(x, nothing, 0.5)
+    reference.assert_near(y[..., 0, :], torch.softmax(x.double() * 0.5, -1)[..., 0, :])
+    assert y[..., 0, column] == 0
+    assert not y[..., 1, :].any()
+
+
 def test_large_scores():
     x = reference.random(1, 2, 5, 33) * 1e3
     reference.check_against(
@@ -160,6 +173,17 @@ X, M = torch.ones(2, 3, 4, 5), torch.ones(2, 1, 4, 5, dtype=torch.bool)
             lambda: scaled_masked_softmax(X, M.expand(2, 3, 4, 5), 1.0),
             r"mask must be \[2 or 1, 1, 4, 5\]; got \[2, 3, 4, 5\]",
         ),
+        (lambda: scaled_masked_softmax(X, M[:, :, :3], 1.0), r"mask must be \[2 or 1, 1, 4, 5\]; got \[2, 1, 3, 5\]"),
+        (
+            lambda: scaled_masked_softmax(torch.ones(3, 3, 4, 5), M, 1.0),
+            r"mask must be \[3 or 1, 1, 4, 5\]; got \[2, 1, 4, 5\]",
+        ),
+        (lambda: scaled_masked_softmax(X[:1], M, 1.0), r"mask must be \[1 or 1, 1, 4, 5\]; got \[2, 1, 4, 5\]"),
+        (
+            lambda: native.scaled_softmax_backward(X.double(), X.double(), 1.0, True),
+            rf"scaled_softmax_backward: y {reference.FLOAT_RULE}; got Double",
+        ),
+        (lambda: native.scaled_softmax_backward(X[0, 0, 0], X[0, 0, 0], 1.0, True), "y must have 2 to 64 dimensions"),
         (lambda: scaled_masked_softmax(X, M[..., :4], 1.0), r"mask must be \[2 or 1, 1, 4, 5\]; got \[2, 1, 4, 4\]"),
         (
             lambda: scaled_causal_softmax(X.double(), 1.0),
