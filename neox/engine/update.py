@@ -69,7 +69,11 @@ class Updater:
         self.zero = state.wrapper
         fp16 = config.precision.dtype == "fp16"
         self.scaled = self.zero if fp16 and not isinstance(self.zero, BF16_Optimizer) else None
-        self.count_good_step = (lambda: None) if self.scaled is None else defer_growth(self.scaled.loss_scaler)
+        self.count_good_step: Callable[[], None] = lambda: None
+        if self.scaled is not None:
+            self.count_good_step = defer_growth(self.scaled.loss_scaler)
+            # an overflow at the smallest scale, or gradients dropped there: the guard decides, not DeepSpeed
+            vars(self.scaled.loss_scaler)["raise_error_at_min_scale"] = False
         self.state = state
         self.phases = phases
         self.guard = Guard(config.guard)
@@ -153,13 +157,14 @@ class Updater:
                 return not_finite("gradient", norm)
             self.step_optimizer()
             return Update(norm, skipped=False)
+        scale = self.loss_scale
         self.step_optimizer()  # DeepSpeed clips, and skips the update on overflow
         if not self.zero.overflow:
             norm = self.deepspeed.get_global_grad_norm()
             with self.phases.waiting():
                 return Update(math.nan if norm is None else float(norm), skipped=False)
         self.state.gather_persistent()
-        if self.scaled is not None and self.scaled.loss_scale > self.config.precision.min_loss_scale:
+        if self.loss_scale < scale:  # at its minimum no scale is too high: the gradient itself is not finite
             return Update(math.inf, skipped=True)
         return not_finite("gradient", "NaN or infinity")
 

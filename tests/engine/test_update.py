@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -110,3 +111,41 @@ def test_a_skipped_update_says_what_was_wrong():
     engine.model.poison = (0, "gradient", math.nan)
     result = engine.train_step(micro_batches(1, engine.mesh, 1))
     assert result.problem.startswith("the gradient is not finite: nan, samples [8, ") and math.isfinite(result.loss)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("least", [0.25, 1.0, 4.0])
+def test_at_the_smallest_loss_scale_an_overflow_is_a_gradient_that_is_not_finite(stage, least):
+    """Skipped as `guard.non_finite` says, and counted; DeepSpeed would end the run with an exception of its own. A
+    scale of 8 can be lowered to 4, 2 and 1, and no further.
+    """
+    precision = {"dtype": "fp16", "initial_scale_power": 3, "min_loss_scale": least}
+    config = make_config(zero={"stage": stage}, precision=precision, guard={"non_finite": "skip", "max_skipped": 2})
+    engine = make_engine(config, Mesh.single())
+    engine.model.poison = (0, "gradient", math.nan)
+    scales = [4.0, 2.0, 1.0] if least <= 1 else [4.0]
+    for scale in scales:
+        result = engine.train_step(micro_batches(engine.step, engine.mesh, 1))
+        assert result.skipped and result.problem is None and engine.updater.loss_scale == scale
+    for _ in range(2):
+        result = engine.train_step(micro_batches(engine.step, engine.mesh, 1))
+        assert result.skipped and "the gradient is not finite" in result.problem
+        assert engine.updater.loss_scale == scales[-1]
+    with pytest.raises(NonFinite, match="at most 2 steps skipped in a row"):
+        engine.train_step(micro_batches(engine.step, engine.mesh, 1))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_updates_are_dropped_at_the_smallest_loss_scale_too(stage):
+    """Of a batch without a target, and of a loss that is not finite."""
+    precision = {"dtype": "fp16", "initial_scale_power": 4, "min_loss_scale": 16.0}
+    config = make_config(zero={"stage": stage}, precision=precision, guard={"non_finite": "skip"})
+    engine = make_engine(config, Mesh.single())
+    (batch,) = micro_batches(0, engine.mesh, 1)
+    result = engine.train_step([dataclasses.replace(batch, targets=torch.full_like(batch.targets, -100))])
+    assert result.skipped and result.problem == NO_TARGETS
+    engine.model.poison = (0, "loss", math.nan)
+    assert "the loss is not finite" in engine.train_step(micro_batches(1, engine.mesh, 1)).problem
+    engine.model.poison = None
+    assert not engine.train_step(micro_batches(2, engine.mesh, 1)).skipped
+    assert engine.updater.loss_scale == 16.0
