@@ -56,11 +56,39 @@ def test_an_error_keeps_every_part_and_one_of_no_class_of_ours_is_general():
     assert revive(("Unheard", parts)).exit_code == errors.NeoxError("x").exit_code
 
 
-def test_an_interrupt_is_not_passed_on_as_an_error():
-    """It must end this process, not wait for the answers of others."""
+class Pair(RankGroup):
+    """Rank 0 of two, the other of which answers what it is told to."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.world_size = 2
+        self.other = other
+
+    def all_gather_json(self, message):
+        return json.loads(json.dumps([message, self.other]))
+
+
+def test_results_are_in_the_order_of_ranks_and_none_is_a_result():
+    assert Pair([[5], None]).run_on_all(lambda: 7) == [7, 5]
+    assert Pair([[None], None]).run_on_all(lambda: None) == [None, None]
+    assert Pair([[[]], None]).run_on_all(lambda: [[1]]) == [[[1]], []]
+
+
+def test_the_error_of_the_first_rank_that_fails_is_raised():
+    theirs = [[], describe(errors.DiskError("theirs", where="there"), 1)]
+    with pytest.raises(errors.DiskError, match="theirs; where=rank 1: there"):
+        Pair(theirs).run_on_all(lambda: 7)
+    for other in (theirs, [[5], None]):
+        with pytest.raises(errors.DataError, match="ours; where=rank 0") as caught:
+            Pair(other).run_on_all(lambda: (_ for _ in ()).throw(errors.DataError("ours")))
+        assert isinstance(caught.value.__cause__, errors.DataError)
+
+
+def test_an_interrupt_ends_this_process_without_a_message_to_others(monkeypatch):
+    monkeypatch.setattr(Pair, "all_gather_json", lambda *_: pytest.fail("others were asked"))
     for kind in (KeyboardInterrupt, SystemExit):
         with pytest.raises(kind):
-            RankGroup().run_on_all(lambda kind=kind: (_ for _ in ()).throw(kind()))
+            Pair(None).run_on_all(lambda kind=kind: (_ for _ in ()).throw(kind()))
 
 
 def test_what_a_single_process_raises_is_the_error_itself():

@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
+from deepspeed.utils import groups
 
 from neox.config.deepspeed_keys import OWNED_KEYS
 from neox.config.validate import BatchSizes
@@ -18,6 +20,7 @@ from neox.engine.deepspeed_setup import (
     ensure_process_group,
     frozen_objects,
     global_norm_on_host,
+    import_muon_uncompiled,
     merge,
 )
 from neox.engine.footprint import BUCKET, effective_stage
@@ -124,6 +127,8 @@ def test_nothing_is_compiled_and_nothing_is_printed(capfd):
     printed = capfd.readouterr()
     assert printed.out == ""
     assert CPUWithoutOps().create_op_builder("ShareMemCommBuilder") is None
+    assert CPUWithoutOps().get_op_builder("ShareMemCommBuilder") is None
+    assert CPUWithoutOps().is_fp16_supported() is True
     assert torch.distributed.is_initialized()
 
 
@@ -210,8 +215,12 @@ def test_a_refused_key_is_named_with_the_key_to_set():
 
 
 @pytest.mark.parametrize(("device", "rank"), [("cuda:3", "3"), ("cuda", "0"), ("cpu", None)])
-def test_deepspeed_gets_the_index_of_the_gpu_that_this_process_sees(device, rank, monkeypatch):
-    make_engine(make_config(), Mesh.single())  # makes the process group
+def test_deepspeed_gets_the_gpu_and_the_sizes_of_this_process(device, rank, monkeypatch):
+    groups.mpu = object()  # of an earlier engine
+    engine = make_engine(make_config(), Mesh.single())  # makes the process group
+    assert groups.mpu is None
+    size = sum(p.numel() for p in engine.model.parameters())
+    assert engine.deepspeed.zero_reduce_bucket_size() == engine.deepspeed.zero_allgather_bucket_size() == size
     for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
         monkeypatch.setenv(name, "7")
     ensure_process_group(torch.device(device))
@@ -256,3 +265,18 @@ def test_what_the_caller_has_frozen_stays_frozen_and_nothing_else(thawed):
     with frozen_objects():
         assert gc.get_freeze_count() == count
     assert gc.get_freeze_count() == count and len(later) == 100
+
+
+def test_the_compiler_is_replaced_for_one_import_only(monkeypatch):
+    before, seen = compiler.compile, []
+
+    def fail(name):
+        seen.append((name, compiler.compile is before))
+        raise KeyError(name)
+
+    import_muon_uncompiled()
+    assert compiler.compile is before
+    monkeypatch.setattr("importlib.import_module", fail)
+    with pytest.raises(KeyError):
+        import_muon_uncompiled()
+    assert seen == [("deepspeed.runtime.zero.muon.muon_optimizer", False)] and compiler.compile is before
