@@ -212,3 +212,12 @@ def test_the_path_of_a_damaged_checkpoint_says_what_is_valid_besides(tmp_path):
     save_one(tmp_path, 9), save_one(tmp_path, 11)
     with pytest.raises(CheckpointError, match="do=valid by their manifests: step_00000009, step_00000011$"):
         find(tmp_path, str(path))
+
+
+def test_a_step_folder_without_a_manifest_is_that_checkpoint_and_damaged(tmp_path):
+    save_one(tmp_path, 9)
+    path = tmp_path / "step_00000010"
+    path.mkdir()
+    assert resolve(path) == path
+    with pytest.raises(CheckpointError, match=r"file is missing; where=.*step_00000010/manifest.json"):
+        find(tmp_path, str(path))

@@ -15,6 +15,7 @@ import torch
 from neox.checkpoint.manifest import BLOCK, read_manifest
 from neox.checkpoint.shard import check_header, checksum
 from neox.checkpoint.shard_reader import ShardReader, read_block
+from neox.checkpoint.storage import Storage
 from neox.errors import CheckpointError
 from tests.checkpoint.builders import save_one
 
@@ -177,3 +178,16 @@ def test_a_segment_is_read_at_its_offset(tmp_path):
         out = torch.zeros(3, dtype=value.dtype)
         (read,) = reader.reads(segment, 2, out)
         assert read() is None and torch.equal(out, value[2:5])
+
+
+class WriteOnly(Storage):
+    """Opens files so that they cannot be read."""
+
+    def open_read(self, path):
+        return os.open(path, os.O_WRONLY)
+
+
+def test_a_header_that_cannot_be_read_names_the_file(saved):
+    path, manifest, _ = saved
+    with pytest.raises(CheckpointError, match=r"cannot read; where=.*shard_.*got=Bad file descriptor"):
+        ShardReader(path, manifest.files[0], manifest, storage=WriteOnly())

@@ -14,7 +14,8 @@ import torch
 
 from neox.checkpoint.find import find
 from neox.checkpoint.manifest import BLOCK
-from neox.checkpoint.reader import Checkpoint
+from neox.checkpoint.reader import Checkpoint, check_folder
+from neox.checkpoint.storage import Storage
 from neox.checkpoint.verify import digest, problems, verify
 from neox.errors import CheckpointError
 from tests.checkpoint.builders import cut_fragments, flip_bit, make_state, save_one
@@ -221,3 +222,35 @@ def test_a_digest_names_each_tensor_by_kind_and_name_in_order(tmp_path):
     assert list(found) == ["exp_avg/b", "weight/a", "weight/b"]
     assert found["weight/a"] == found["weight/b"]
     assert found["exp_avg/b"] == hashlib.sha256(b"F32 [0]\n").hexdigest()
+
+
+class Opened(Storage):
+    """Notes the files that are opened for reading."""
+
+    def __init__(self):
+        self.names = []
+
+    def open_read(self, path):
+        self.names.append(path.name)
+        return super().open_read(path)
+
+
+@pytest.mark.parametrize("read", [verify, problems, Checkpoint])
+def test_every_file_is_opened_by_the_storage_that_is_given(tmp_path, read):
+    path = save_one(tmp_path, shard_bytes=500)
+    shards = {file.name for file in path.glob("*.safetensors")}
+    storage = Opened()
+    found = read(path, storage=storage)
+    if read is Checkpoint:
+        assert storage.names == ["manifest.json"]
+        for name in found.names():
+            for kind in found.kinds(name):
+                found.tensor(name, kind)
+        shards -= {file.name for file, one in found.manifest.segments() if one.kind == "rng"}
+    assert shards <= set(storage.names) and "manifest.json" in storage.names
+
+
+def test_a_folder_that_vanished_is_an_error_of_the_checkpoint(tmp_path):
+    manifest = Checkpoint(save_one(tmp_path)).manifest
+    with pytest.raises(CheckpointError, match="file is missing; where=.*/gone"):
+        check_folder(tmp_path / "gone", manifest)
