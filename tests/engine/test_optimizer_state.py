@@ -9,8 +9,15 @@ import torch
 from neox.checkpoint.reshard import check_coverage
 from neox.config.schema import OptimizerConfig
 from neox.engine.evaluation import evaluate
+from neox.engine.footprint import optimizer_state_keys
 from neox.engine.optimizer import build_optimizer
-from neox.engine.optimizer_state import ParameterShard, frozen_shards, replicated_shards, stage3_shards
+from neox.engine.optimizer_state import (
+    OptimizerState,
+    ParameterShard,
+    frozen_shards,
+    replicated_shards,
+    stage3_shards,
+)
 from neox.errors import CheckpointError
 from neox.parallel.mesh import Mesh
 from neox.parallel.shard_spec import ShardSpec
@@ -172,3 +179,121 @@ def test_a_checkpoint_of_weights_alone_cannot_be_resumed():
     with pytest.raises(CheckpointError, match="holds weights only: nothing to resume; .*checkpoint.init_from: memory"):
         engine.restore(Stored({}, {"step": 3}))
     assert engine.step == 0
+
+
+def local_state(kind="adamw", frozen=(), dtype=torch.float32) -> OptimizerState:
+    """The state of a process at stage 0, without DeepSpeed: a layer with an adapter, and a head of a reward model."""
+    shapes = {"layers.0.up.weight": (4, 3), "layers.0.up.lora_a": (2, 3), "norm.weight": (3,), "score.weight": (1, 3)}
+    named = []
+    for name, shape in shapes.items():
+        p = torch.nn.Parameter(torch.full(shape, 7.0, dtype=dtype), requires_grad=name not in frozen)
+        named.append((name, p, ShardSpec.replicated(*shape)))
+    config = OptimizerConfig(type=kind, lr=0.1)
+    optimizer = build_optimizer([(name, p) for name, p, _ in named if p.requires_grad], config)
+    kinds = {
+        name: () if name in frozen else optimizer_state_keys(config, name, len(shape)) for name, shape in shapes.items()
+    }
+    return OptimizerState(named, None, optimizer, kinds, shapes, (0, 1))
+
+
+class Noting(Stored):
+    """A checkpoint that notes what was checked."""
+
+    def names(self):
+        return sorted({key.split("/")[1] for key in self.tensors})
+
+    def check(self, wanted):
+        self.checked = {(name, kind): shape for name, kind, shape in wanted}
+
+    def info(self, name):
+        return SimpleNamespace(shape=tuple(self.tensors[f"weight/{name}"].shape))
+
+    def read_into(self, out, name, kind, slices, start, stop):
+        out.copy_(self.tensors[f"{kind}/{name}"].flatten()[start:stop])
+
+
+def weights_of(state):
+    return {f.name: float(f.data.mean()) for f in state.fragments() if f.kind == "weight"}
+
+
+def test_what_a_model_adds_keeps_its_initial_weights_where_the_checkpoint_has_none():
+    state = local_state()
+    base = {"weight/layers.0.up.weight": torch.ones(4, 3), "weight/norm.weight": torch.full((3,), 2.0)}
+    checkpoint = Noting(base, {})
+    state.take_weights(checkpoint)
+    assert checkpoint.checked == {("layers.0.up.weight", "weight"): (4, 3), ("norm.weight", "weight"): (3,)}
+    kept = {"layers.0.up.lora_a": 7.0, "score.weight": 7.0}
+    assert weights_of(state) == {"layers.0.up.weight": 1.0, "norm.weight": 2.0, **kept}
+    checkpoint = Noting({**base, "weight/layers.0.up.lora_a": torch.full((2, 3), 5.0)}, {})
+    state.take_weights(checkpoint)
+    assert checkpoint.checked["layers.0.up.lora_a", "weight"] == (2, 3)
+    assert weights_of(state)["layers.0.up.lora_a"] == 5.0
+
+
+def test_a_reward_model_accepts_an_output_head_and_does_not_read_it():
+    state = local_state()
+    tensors = {"weight/layers.0.up.weight": torch.ones(4, 3), "weight/norm.weight": torch.ones(3)}
+    checkpoint = Noting({**tensors, "weight/head.weight": torch.ones(9, 3)}, {})
+    state.take_weights(checkpoint)
+    assert checkpoint.checked["head.weight", "weight"] == (9, 3)
+    assert weights_of(state)["score.weight"] == 7.0
+    del state.shapes["score.weight"]  # a model that predicts tokens with a tied head: the head is one too many
+    state.take_weights(checkpoint)
+    assert ("head.weight", "weight") not in checkpoint.checked
+
+
+def test_a_weight_that_is_missing_is_asked_for():
+    checkpoint = Noting({"weight/layers.0.up.weight": torch.ones(4, 3)}, {})
+    with pytest.raises(KeyError):  # which a checkpoint's check would have reported
+        local_state().take_weights(checkpoint)
+    assert ("norm.weight", "weight") in checkpoint.checked
+
+
+@pytest.mark.parametrize(
+    ("kind", "kinds"),
+    [("adamw", {"exp_avg", "exp_avg_sq"}), ("lion", {"exp_avg"}), ("sgd", {"momentum_buffer"})],
+)
+def test_the_state_of_a_resumed_optimizer_is_complete(kind, kinds):
+    """Also that of a parameter that has had no gradient yet; frozen ones have a weight only."""
+    frozen = ("layers.0.up.weight",)
+    state = local_state(kind, frozen)
+    assert {f.kind for f in state.fragments() if f.name == "norm.weight"} == {"weight", *kinds}
+    assert all(float(f.data.abs().sum()) == 0 for f in state.fragments() if f.kind != "weight")
+    assert {f.kind for f in state.fragments() if f.name in frozen} == {"weight"}
+    tensors = {f"{of}/{name}": torch.rand(shape) for name, of, shape in state.tensors()}
+    state.restore(Noting(tensors, {"optimizer": kind, "updates": 9}), kind)
+    for f in state.fragments():
+        assert torch.equal(f.data, tensors[f"{f.kind}/{f.name}"].flatten())
+    inside = [state.optimizer.state[p] for group in state.optimizer.param_groups for p in group["params"]]
+    assert all(one.keys() == kinds | ({"step"} if kind == "adamw" else set()) for one in inside)
+    assert kind != "adamw" or {float(one["step"]) for one in inside} == {9.0}
+
+
+def test_frozen_16_bit_weights_are_written_in_fp32():
+    state = local_state(frozen=("layers.0.up.weight",), dtype=torch.bfloat16)
+    (one,) = [f for f in state.fragments() if f.name == "layers.0.up.weight"]
+    assert one.data.dtype == torch.float32 and (one.start, one.stop, one.shape) == (0, 12, (4, 3))
+
+
+def test_padding_of_the_vocabulary_is_neither_written_nor_read():
+    p = torch.nn.Parameter(torch.arange(24.0).view(6, 4))
+    spec = ShardSpec.sharded((9, 4), 0, 5, 11)  # rows 5 to 8 of 9, and two of padding
+    optimizer = build_optimizer([("w", p)], OptimizerConfig(type="sgd"))
+    for rank, want in ((0, (0, 12)), (1, (12, 16))):
+        state = OptimizerState([("w", p, spec)], None, optimizer, {"w": ()}, {"w": (9, 4)}, (rank, 2))
+        (one,) = state.fragments()
+        assert (one.start, one.stop, one.slices) == (*want, ((5, 9), (0, 4)))
+        assert one.data.tolist() == list(range(*want))
+    state.take_weights(Noting({"weight/w": -torch.arange(1.0, 37.0)}, {}))
+    assert p.detach()[:4].flatten().tolist() == [-float(i) for i in range(1, 17)]
+    assert p.detach()[4:].flatten().tolist() == list(range(16, 24))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_last_replica_may_own_padding_only(rank):
+    p = torch.nn.Parameter(torch.arange(12.0).view(6, 2))
+    optimizer = build_optimizer([("w", p)], OptimizerConfig(type="sgd"))
+    state = OptimizerState(
+        [("w", p, ShardSpec.sharded((4, 2), 0, 0, 6))], None, optimizer, {"w": ()}, {"w": (4, 2)}, (rank, 3)
+    )
+    assert [(f.start, f.stop) for f in state.fragments()] == ([(0, 4)] if rank == 0 else [])
