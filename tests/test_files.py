@@ -334,7 +334,7 @@ def test_no_descriptor_stays_open(tmp_path, monkeypatch):
     assert open_descriptors() == count
 
 
-def test_a_fifo_with_a_reader_is_no_file_to_append_to(tmp_path):
+def test_a_fifo_with_a_reader_is_not_appended_to(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     try:

@@ -238,7 +238,7 @@ def test_what_a_converted_checkpoint_keeps(tmp_path, capsys):
             assert all(made.tensor(name, kind).dtype == old.tensor(name, kind).dtype for kind in old.kinds(name))
 
 
-def test_a_shard_holds_as_many_bytes_as_it_is_told(tmp_path, monkeypatch):
+def test_a_shard_holds_as_many_bytes_as_requested(tmp_path, monkeypatch):
     path, told = save_one(tmp_path / "c", 9), []
 
     def note(*arguments, **options):

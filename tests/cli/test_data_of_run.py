@@ -213,7 +213,7 @@ def test_processes_that_cannot_share_a_batch(known, asked, message):
 
 
 def test_a_step_in_every_detail(run, capsys):
-    """Each row as the layout distributes it, its pieces from their first token to their last."""
+    """Each row as the layout distributes it, each slice from its first token to its last."""
     found = said(capsys, "which", "--run", run / "run", "--step", 6, "--world-size", 2)
     assert (
         found["step"] == 6

@@ -1,4 +1,4 @@
-"""`neox data`: the numbers and places that it prints."""
+"""`neox data`: the numbers and positions that it prints."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def test_data_or_tasks(place, capsys):
 
 @pytest.fixture
 def told(monkeypatch):
-    """What the functions behind the command are told."""
+    """What the functions that the command calls receive."""
     calls = {}
 
     def note(name, result):

@@ -212,7 +212,7 @@ def test_a_file_or_a_link_is_not_replaced(run_folder, tmp_path, capsys, file):
         assert shown.out == f"wrote {out}\n" and (out / "config.json").is_file()
 
 
-def test_what_the_writer_and_the_comparison_are_told(tmp_path, monkeypatch, capsys):
+def test_what_the_writer_and_the_comparison_receive(tmp_path, monkeypatch, capsys):
     """Weights of the run's dtype, the tokenizer, its end and the ids that an import recorded; a loss of precision is
     compared too.
     """

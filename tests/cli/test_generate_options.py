@@ -39,7 +39,7 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture
 def told(monkeypatch):
-    """What a fake model is told; it answers each prompt with the tokens of " fox" and of its number."""
+    """What a fake model receives; it answers each prompt with the tokens of " fox" and of its number."""
     seen = SimpleNamespace(calls=[], loaded=[])
 
     def generate(model, prompts, params, **options):
@@ -251,7 +251,7 @@ class Talk:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_dialogue_reads_lines_until_it_is_told_to_quit(monkeypatch, capsys, terminal):
+def test_a_dialogue_reads_lines_until_quit(monkeypatch, capsys, terminal):
     typed = io.StringIO("one\n\n /reset \ntwo\n  /quit\nthree\n")
     typed.isatty = lambda: terminal
     monkeypatch.setattr("sys.stdin", typed)

@@ -228,7 +228,7 @@ def test_errors_name_why_an_import_fails(folder, tmp_path, capsys):
         (2049, torch.float64, 2048, "fp32"),
     ],
 )
-def test_the_config_of_a_run_that_goes_on(tmp_path, positions, dtype, length, precision):
+def test_the_config_of_a_run_that_continues(tmp_path, positions, dtype, length, precision):
     model = ModelConfig(vocab_size=9, max_position_embeddings=positions)
     weights = {"a": SimpleNamespace(dtype=dtype), "b": SimpleNamespace(dtype=torch.int8)}
     tokenizer = TokenizerConfig(file="t.json", eod_token="<e>")
@@ -255,7 +255,7 @@ def test_the_end_of_a_document_is_the_first_id_that_stops(known, ids, wanted):
     assert importer.end_token(tokenizer, SpecialIds(**ids)) == wanted
 
 
-def test_where_a_tokenizer_is_looked_for(tmp_path):
+def test_where_a_tokenizer_is_read(tmp_path):
     args = argparse.Namespace(tokenizer=None)
     assert importer.tokenizer_of(args, tmp_path) is None
     for name in ("tokenizer.json", "mine.json"):
@@ -263,8 +263,8 @@ def test_where_a_tokenizer_is_looked_for(tmp_path):
     assert importer.tokenizer_of(args, tmp_path) == tmp_path / "tokenizer.json"
     args.tokenizer = str(tmp_path / "mine.json")
     assert importer.tokenizer_of(args, tmp_path) == tmp_path / "mine.json"
-    args.tokenizer = str(tmp_path / "gone.json")
-    with pytest.raises(ConfigError, match="tokenizer file is missing; where=--tokenizer; got=.*gone.json"):
+    args.tokenizer = str(tmp_path / "missing.json")
+    with pytest.raises(ConfigError, match="tokenizer file is missing; where=--tokenizer; got=.*missing.json"):
         importer.tokenizer_of(args, tmp_path)
 
 
@@ -311,7 +311,7 @@ def test_what_an_import_reports(folder, tmp_path, capsys, monkeypatch):
         importer.check(tmp_path / "b", folder)
 
 
-def test_without_a_peer_the_loss_is_reported_beside_that_of_a_guess(folder, tmp_path, monkeypatch):
+def test_without_a_peer_the_loss_is_reported_with_that_of_a_guess(folder, tmp_path, monkeypatch):
     assert call("--from", folder, "--out", tmp_path / "ours", "--no-check") == 0
     model = load_model(tmp_path / "ours")
     tokens = torch.arange(20).reshape(2, 10)

@@ -278,7 +278,7 @@ def test_a_bad_line_under_worker_processes_is_one_line(tmp_path):
 
 @pytest.fixture
 def told(monkeypatch):
-    """What the functions behind the command are told."""
+    """What the functions that the command calls receive."""
     calls = {}
 
     def note(name, result):
@@ -358,7 +358,7 @@ def test_options_without_the_one_that_they_need(told, capsys, options, where, do
     assert f"where={where}; do={do}" in error and (error.endswith("leave it out") or do != "leave it out")
 
 
-def test_workers_get_large_pages_unless_the_user_says_otherwise(monkeypatch):
+def test_workers_get_large_pages_unless_the_user_sets_others(monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     with pytest.raises(KeyError), cli.large_pages():
         assert os.environ["GLIBC_TUNABLES"] == cli.LARGE_PAGES

@@ -1,4 +1,4 @@
-"""`neox train`: what it prepares, and how a process that cannot join tells the others."""
+"""`neox train`: what it prepares, and how a process that cannot join notifies the others."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def arguments(*words: str):
 
 
 @pytest.mark.parametrize(("gpu", "device", "recorder"), [(False, "cpu", "0"), (True, "cuda", None)])
-def test_libraries_are_told_of_the_device(environment, conf, monkeypatch, gpu, device, recorder):
+def test_libraries_know_the_device(environment, conf, monkeypatch, gpu, device, recorder):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     seen = []
     monkeypatch.setattr(cli, "validate", lambda *told: seen.append(told))
@@ -80,9 +80,9 @@ def test_a_run_gets_what_was_prepared(environment, conf, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_an_error_of_several_processes_is_told_to_them(environment, conf, monkeypatch, size, capsys):
+def test_an_error_of_several_processes_is_sent_to_them(environment, conf, monkeypatch, size, capsys):
     def start(*args, **options):
-        raise DataError("gone")
+        raise DataError("missing")
 
     monkeypatch.setitem(sys.modules, "neox.train.start", SimpleNamespace(start=start))
     told = []
@@ -98,7 +98,7 @@ def test_an_error_of_several_processes_is_told_to_them(environment, conf, monkey
         environment.update({name: str(value) for name, value in names.items()})
     assert main(["train", conf]) == (3 if size == 1 else 9)
     assert [(str(error), launch.rank, debug) for error, launch, debug in told] == (
-        [] if size == 1 else [("error[3] gone", 1, False)]
+        [] if size == 1 else [("error[3] missing", 1, False)]
     )
 
 
@@ -161,9 +161,9 @@ def test_a_bug_is_posted_with_its_traceback(posts, capsys, debug):
     assert (posts.calls[0][3]["code"], posts.calls[0][3]["line"]) == (1, "ZeroDivisionError: ours")
     error = capsys.readouterr().err
     assert error.endswith("ZeroDivisionError: ours\n") and "error[" not in error
-    assert cli.refuse(DataError("gone"), launch, Signals(), debug=debug) == 3
+    assert cli.refuse(DataError("missing"), launch, Signals(), debug=debug) == 3
     error = capsys.readouterr().err
-    assert error.endswith("error[3] gone\n") and ("DataError" in error) == debug
+    assert error.endswith("error[3] missing\n") and ("DataError" in error) == debug
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_what_differs_is_named(tmp_path):
 
 
 def trainings(folder, told, codes=(0, -9, 0), killed_at=3, last=None):
-    """Runs of which nothing is trained; notes what each is told."""
+    """Runs of which nothing is trained; records the arguments of each."""
 
     def start(arguments, processes, variables):
         told.append((arguments, processes, variables))
@@ -170,7 +170,7 @@ def parsed(*more):
 @pytest.mark.parametrize(
     ("processes", "codes"), [(1, (0, -9, 0)), (2, (0, 1, 0)), (2, (0, -9, 0))], ids=["alone", "torchrun", "killed"]
 )
-def test_the_three_trainings_are_told_the_same_but_for_the_kill(tmp_path, capsys, processes, codes):
+def test_the_three_trainings_get_the_same_arguments_but_for_the_kill(tmp_path, capsys, processes, codes):
     told = []
     args = parsed("--set", "x=1", "y=2", "--processes", str(processes))
     assert verify_resume.compare(args, tmp_path, trainings(tmp_path, told, codes)) == 0

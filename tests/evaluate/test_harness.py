@@ -301,7 +301,7 @@ def test_requests_of_the_same_options_are_one_group():
     assert group_by_options([]) == []
 
 
-def test_run_tasks_passes_on_what_it_is_told(trained, place, monkeypatch):
+def test_run_tasks_passes_on_its_options(trained, place, monkeypatch):
     model, tokenizer, _ = trained
     told = {}
 
@@ -352,7 +352,7 @@ def test_a_template_is_applied_unless_the_text_begins_with_it(trained, tmp_path)
     assert adapter.tok_encode("<s>river").count(1) == 1
 
 
-def test_a_missing_harness_says_how_to_install_it(trained, monkeypatch):
+def test_a_missing_harness_names_how_to_install_it(trained, monkeypatch):
     model, tokenizer, _ = trained
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(

@@ -230,7 +230,7 @@ def scripted(monkeypatch):
 
 
 def test_each_prompt_ends_by_itself_and_all_together_end_the_loop(scripted):
-    """Also by the id 0, and at the first token; nothing is added or told after the end of a prompt."""
+    """Also by the id 0, and at the first token; nothing is added or reported after the end of a prompt."""
     model, told, checked = tiny("neox"), [], []
     asked = scripted([0, 7, 5], [8, 8, 5], [9, 0, 5], [1, 1, 6], [1, 1, 1])
 

@@ -151,6 +151,6 @@ def test_a_row_draws_from_its_own_stream():
     first, second = (choose(logits[:1], SamplingParams(), [prompt_generator(5, row)]).item() for row in (0, 1))
     streams = [prompt_generator(5, 1), prompt_generator(5, 0)]
     assert choose(logits, SamplingParams(), streams).tolist() == [second, first]
-    assert [choose(logits, SamplingParams(), streams).tolist() != [second, first]] == [True]  # they go on
+    assert [choose(logits, SamplingParams(), streams).tolist() != [second, first]] == [True]  # they continue
     with pytest.raises(ValueError, match="zip"):
         choose(logits, SamplingParams(), streams[:1])
