@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -378,3 +379,17 @@ def test_the_tasks_of_the_harness_are_read_where_the_folder_lacks_one(monkeypatc
     assert made[2:] == [without_defaults, {"include_path": "x"}]
     with pytest.raises(ConfigError, match=r"where=--tasks; got=thiers, mine; .* do=did you mean theirs\?"):
         find_tasks(["their_group", "thiers", "mine"], None)
+
+
+def test_answers_stand_where_they_were_requested(trained):
+    """Requests of the same options are answered together, and two groups of them alternate here."""
+    model, tokenizer, _ = trained
+    adapter = harness_model(model, tokenizer, 2)
+    options = [{"max_gen_toks": count, "until": ["\n"]} for count in (3, 6)]
+    requests = [SimpleNamespace(args=(text[:20], options[i % 2])) for i, text in enumerate(TEXTS)]
+    found = adapter.generate_until(requests)
+    assert found == [adapter.generate_until([request])[0] for request in requests] and len(set(found)) > 2
+    assert adapter.generate_until([]) == []
+    texts = [SimpleNamespace(args=(text,)) for text in (" ".join(TEXTS), TEXTS[0], "the")]
+    alone = [adapter.loglikelihood_rolling([text])[0] for text in texts]
+    assert adapter.loglikelihood_rolling(texts) == pytest.approx(alone, abs=1e-4)
