@@ -208,7 +208,8 @@ def run_inspect(args: argparse.Namespace) -> int:
     if tokenizer is not None:
         dataset.check_tokenizer(tokenizer.hash, tokenizer.file)
     if args.scan or (args.scan is None and size <= SCANNED_BYTES):
-        result |= scan(dataset, tokenizer.eod_id if tokenizer else sidecar.eod_id if sidecar else None)
+        recorded = sidecar.eod_id if sidecar else None
+        result |= scan(dataset, tokenizer.eod_id if recorded is None and tokenizer else recorded)
     elif args.scan is None:
         result["scan"] = "skipped, because .bin is large; --scan reads all of it"
     if args.samples:

@@ -52,7 +52,8 @@ def test_every_number_of_a_dataset(tmp_path, capsys):
     assert "samples" not in found
 
 
-def test_the_end_of_document_is_the_tokenizers_or_the_sidecars(tmp_path, capsys):
+def test_the_end_of_document_is_the_recorded_one_or_the_tokenizers(tmp_path, capsys):
+    """A dataset made with --eod-token ends its documents in another token than the tokenizer's default."""
     tokenizer = train_tokenizer(["hello"], 300, tmp_path / "t.json")
     plain, other = write(tmp_path / "plain"), write(tmp_path / "other", eod_id=5)
     (tmp_path / "plain.json").unlink()
@@ -60,6 +61,7 @@ def test_the_end_of_document_is_the_tokenizers_or_the_sidecars(tmp_path, capsys)
     assert "eod_tokens" not in found and found["sidecar"] == "none: only the structure can be checked"
     assert said(capsys, "inspect", other)["eod_tokens"] == 2
     assert said(capsys, "inspect", plain, "--tokenizer", tmp_path / "t.json")["eod_tokens"] == 4
+    assert said(capsys, "inspect", other, "--tokenizer", tmp_path / "t.json")["eod_tokens"] == 2
     assert tokenizer.eod_id == 0
 
 
