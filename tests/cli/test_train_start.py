@@ -14,7 +14,7 @@ import torch
 
 from neox.cli import train as cli
 from neox.cli.main import main, parse
-from neox.errors import ConfigError, DataError
+from neox.errors import ConfigError, DataError, EnvironmentProblem
 from neox.runtime.launch import LaunchInfo
 from tests.config.gpt_neox.sample_files import BASE, flow_text
 
@@ -189,3 +189,11 @@ def test_a_signal_before_all_have_joined(posts, monkeypatch, capsys, rank, agent
     assert slept == [0.5] * (len(calls) - 1)  # for the others to read it
     assert [call[:3] for call in posts.calls] == calls
     assert all((call[3]["code"], call[3]["line"], call[3]["rank"]) == (10, line, rank) for call in posts.calls)
+
+
+@pytest.mark.parametrize("name", cli.RECORDER_SIZES)
+def test_a_size_of_the_recorder_has_at_most_nine_digits(name):
+    cli.check_recorder_sizes({name: "9" * 9, "OTHER": "x"})
+    for wrong in ("9" * 10, "\u0661", "\u00b2", " 1"):
+        with pytest.raises(EnvironmentProblem, match=f"where={name}"):
+            cli.check_recorder_sizes({name: wrong})

@@ -1,6 +1,7 @@
 """`neox verify-resume` on real runs: equal where nothing is wrong, and a difference is found."""
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -263,3 +264,9 @@ def test_a_folder_of_its_own_is_removed(monkeypatch):
     ((folder, existed),) = used
     assert existed and not folder.exists() and folder.name.startswith("neox-verify-resume-")
     assert verify_resume.run(parsed("--dir", "mine")) == 4 and str(used[1][0]) == "mine"
+
+
+def test_the_order_of_keys_is_no_difference():
+    assert verify_resume.short({"a": 1, "b": [1, 2]}) == verify_resume.short({"b": [1, 2], "a": 1})
+    assert verify_resume.short([1, 2]) != verify_resume.short([2, 1])
+    assert verify_resume.short(None) == hashlib.sha256(b"null").hexdigest()[:16]
