@@ -141,6 +141,93 @@ def test_a_tied_embedding_is_sent_once_and_its_gradient_in_fp32():
     ]
 
 
+def test_the_last_stage_has_the_head_and_the_loss():
+    options = ("parallel.tensor=2", "parallel.pipeline=3", "train.gradient_accumulation=2", "zero.stage=1")
+    first, middle, last = (rows(*options, world=6, stage=stage) for stage in range(3))
+    layers = [int((count - end) / 2) for (_, _, _, count, _), end in ((first[0], 2), (middle[0], 0), (last[0], 0))]
+    assert sum(layers) == 12
+    for found, blocks, ends in ((first, layers[0], (1, 0)), (middle, layers[1], (0, 0)), (last, layers[2], (0, 1))):
+        assert found[:2] == [
+            ("outputs of the blocks, embedding", "all_reduce", 4 * STREAM, 2 * (blocks + ends[0]), 2),
+            ("gradients of the inputs", "all_reduce", 4 * STREAM, 2 * (2 * blocks + ends[1]), 2),
+        ]
+    message = ("send", 4 * STREAM, 2, 3)
+    assert first[2:] == [("residual stream", *message)]
+    assert middle[2:] == [("residual stream", *message), ("its gradient", *message)]
+    assert last[2:] == [("statistics of the loss", "all_reduce", 16 * 4 * 2048, 2, 2), ("its gradient", *message)]
+
+
+def test_vectors_of_blocks_one_after_the_other_under_sequence_parallelism():
+    """Two sums of a block, and learned positions among the parameters of which a member sees a part."""
+    found = rows("parallel.tensor=2", "parallel.sequence=true", "model.parallel_residual=false",
+                 "model.position_embedding=learned", "model.rotary_pct=1", "model.qk_norm=true")  # fmt: skip
+    vectors = 12 * (6 * 768 + 2 * 64) + 2 * 768 + 2048 * 768
+    assert found == [
+        ("outputs of the blocks, embedding", "reduce_scatter", 4 * STREAM, 2 * 12 + 1, 2),
+        ("inputs of the blocks, head", "all_gather", 4 * STREAM, 2 * 12 + 1, 2),
+        ("gradients of the inputs", "reduce_scatter", 4 * STREAM, 2 * 12 + 1, 2),
+        ("inputs for the weights' gradients", "all_gather", 4 * STREAM, 2 * 12 + 1, 2),
+        ("gradients of the outputs", "all_gather", 4 * STREAM, 2 * 12 + 1, 2),
+        ("gradients of norms and output biases", "all_reduce", vectors * 2, 1, 2),
+        LOSS,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dropout", "full", "sums"), [("0", False, 1), ("0.1", False, 2), ("0", True, 1), ("0.1", True, 4)]
+)
+def test_the_sums_of_parallel_residuals(dropout, full, sums):
+    """Dropout acts on each branch, so each is summed; what the recomputation sums again is what dropout needs."""
+    more = (FULL,) if full else ()
+    found = rows("parallel.tensor=2", f"model.hidden_dropout={dropout}", *more)
+    assert found[0][3] == sums * 12 + 1
+
+
+def replicated(*overrides: str, world: int = 4, lower_bound: bool = False) -> list[tuple]:
+    config = load_config(
+        "pythia/160M.yml", overrides=["train.micro_batch_size=1", "train.global_batch_size=null", *overrides]
+    )
+    layout = resolve(config, world)
+    found = traffic(config, layout, layout.stages[0], lower_bound=lower_bound)
+    return [(row.what, row.kind, row.size, row.count, row.members) for row in found if row.axis == "data"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reduction", "gathers"),
+    [
+        (("zero.stage=0", "precision.dtype=fp32"), ("all_reduce", 4, 1), None),
+        (("zero.stage=0",), ("all_reduce", 2, 1), (2, 1)),  # stage 1 in effect
+        (("zero.stage=1",), ("all_reduce", 2, 1), (2, 1)),
+        (("zero.stage=1", "precision.dtype=fp32"), ("all_reduce", 4, 1), (4, 1)),
+        (("zero.stage=2",), ("all_reduce", 2, 3), (2, 1)),
+        (("zero.stage=3",), ("reduce_scatter", 2, 3), (2, 3)),
+    ],
+)
+def test_the_collectives_of_the_replicas(options, reduction, gathers):
+    kind, element, count = reduction
+    total = 162_322_944
+    for lower_bound in (False, True):
+        wanted = "reduce_scatter" if lower_bound and gathers else kind
+        rest = [] if gathers is None else [("weights", "all_gather", gathers[0] * total, gathers[1], 4)]
+        assert replicated(*options, "train.gradient_accumulation=3", lower_bound=lower_bound) == [
+            ("gradients", wanted, element * total, count, 4),
+            *rest,
+        ]
+
+
+def test_members_of_a_context_group_are_replicas():
+    assert [row[4] for row in replicated("parallel.context=2")] == [4, 4]
+    assert replicated("parallel.context=2", world=2)[0][4] == 2 and replicated(world=1) == []
+
+
+def test_a_tied_embedding_is_divided_over_the_tensor_group():
+    options = ("parallel.pipeline=2", "model.tie_embeddings=true", "parallel.tensor=2", "precision.dtype=fp32")
+    table = 50432 // 2 * 768
+    first, last = (rows(*options, world=4, stage=stage)[-1] for stage in (0, 1))
+    assert first == ("tied embedding", "send", 4 * table, 1, 2)
+    assert last == ("gradient of the tied embedding", "send", 4 * table, 1, 2)
+
+
 def benchmark() -> ModuleType:
     """benchmarks/train/bench_scaling.py; it adds its folder to sys.path."""
     return importlib.import_module("benchmarks.train.bench_scaling")

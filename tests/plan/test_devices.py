@@ -5,7 +5,7 @@ import os
 import pytest
 
 from neox.errors import ConfigError
-from neox.plan.devices import DEVICES, cpu, device_of_cuda_name, find_device, from_keys
+from neox.plan.devices import DEVICES, Device, cpu, device_of_cuda_name, find_device, from_keys
 
 
 def test_every_device_is_complete_and_found_by_its_name():
@@ -171,3 +171,108 @@ def test_values_of_a_file(key, value, good):
     else:
         with pytest.raises(ConfigError, match=f"bad value; where=a.yml {key}"):
             from_keys(content, "a.yml")
+
+
+REQUIRED = {"memory": 1e9, "flops": 2e9, "flops_fp32": 3e9, "bandwidth": 4e9, "link": 5e9, "network": 6e9}
+
+
+def test_a_device_of_its_own_has_the_defaults_of_a_gpu():
+    device = from_keys(REQUIRED, "some/where/mine.yaml")
+    assert vars(device) == {
+        **REQUIRED,
+        "name": "mine",
+        "per_node": 8,
+        "reserve": 2e9,
+        "efficiency": 0.6,
+        "kind": "cuda",
+        "cuda_name": "",
+        "source": "some/where/mine.yaml",
+    }
+    more = {"name": "n", "per_node": 2, "reserve": 0, "efficiency": 0.5, "kind": "cpu", "cuda_name": "c", "source": "s"}
+    assert from_keys(REQUIRED | more, "a.yml") == Device(**(REQUIRED | more))
+
+
+def test_a_base_gives_all_other_values():
+    base, device = find_device("rtx-4090"), from_keys({"base": "rtx-4090", "link": 1e9}, "b/mine.yml")
+    changed = {"name": "mine", "link": 1e9, "source": f"b/mine.yml; other values: {base.source}"}
+    assert vars(device) == vars(base) | changed
+    assert from_keys({"base": "h100", "source": "measured"}, "mine.yml").source == "measured"
+    content = {"base": "h100", "link": 1e9}
+    from_keys(content, "mine.yml")
+    assert content == {"base": "h100", "link": 1e9}  # not changed
+
+
+@pytest.mark.parametrize("missing", [["memory"], ["link", "network"], ["flops", "flops_fp32", "bandwidth"]])
+def test_an_incomplete_device_names_what_it_lacks(missing):
+    with pytest.raises(ConfigError) as caught:
+        from_keys({key: value for key, value in REQUIRED.items() if key not in missing}, "a.yml")
+    assert caught.value.line() == (
+        f"error[2] device is incomplete; where=a.yml; got=missing: {', '.join(missing)}; do=add them, or base: h100"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "report"),
+    [
+        ({"memory": -1}, "bad value; where=a.yml memory; got=-1; want=a number above 0"),
+        ({"memory": float("nan")}, "bad value; where=a.yml memory; got=nan; want=a number above 0"),
+        ({"link": True}, "bad value; where=a.yml link; got=True; want=a number above 0"),
+        ({"name": 3}, "bad value; where=a.yml name; got=3; want=text"),
+        ({"source": None}, "bad value; where=a.yml source; want=text"),
+        ({"per_node": 2.0}, "bad value; where=a.yml per_node; got=2.0; want=a whole number of devices"),
+        ({"kind": "tpu"}, "bad value; where=a.yml kind; got=tpu; want=cuda or cpu"),
+    ],
+    ids=str,
+)
+def test_the_report_of_a_bad_value(content, report):
+    with pytest.raises(ConfigError) as caught:
+        from_keys({**REQUIRED, **content}, "a.yml")
+    assert caught.value.line() == f"error[2] {report}"
+
+
+def test_the_report_of_an_unknown_key():
+    names = (
+        "name, memory, flops, flops_fp32, bandwidth, link, network, per_node, reserve, efficiency, kind, cuda_name, "
+    )
+    for key, do in (("bandwith", "; do=did you mean bandwidth?"), ("qqq", "")):
+        with pytest.raises(ConfigError) as caught:
+            from_keys({key: 3}, "a.yml")
+        assert caught.value.line() == f"error[2] unknown key of a device; where=a.yml {key}; want={names}source{do}"
+
+
+def test_the_report_of_an_unknown_device():
+    known = ", ".join(device.name for device in DEVICES)
+    for name, do in (("cpus", "did you mean cpu?"), ("zzzz", "neox plan --help"), ("B200-SXM", "did you mean b200?")):
+        with pytest.raises(ConfigError) as caught:
+            find_device(name)
+        assert caught.value.line() == (
+            f"error[2] unknown device; where=--device; got={name}; want={known}, cpu, or a YAML file; do={do}"
+        )
+
+
+def test_both_suffixes_are_files_and_their_problems_are_reported(tmp_path):
+    for suffix in ("yml", "yaml"):
+        path = tmp_path / f"own.{suffix}"
+        path.write_text("base: h200\nper-node: 4\n")
+        assert (find_device(str(path)).name, find_device(str(path)).per_node) == ("own", 4)
+    path.write_text("base: h200\nlink: [\n")
+    with pytest.raises(ConfigError, match=f"not YAML; where={path}:3"):
+        find_device(str(path))
+    path.write_text("base: cpu\nmemory: 5e9\n")
+    device = find_device(str(path))
+    assert (device.kind, device.memory, device.per_node) == ("cpu", 5e9, 1)
+
+
+def test_the_longest_name_in_cuda_wins():
+    assert device_of_cuda_name("NVIDIA H200 NVL").name == "h200-nvl"
+    assert device_of_cuda_name("NVIDIA H200 XYZ").name == "h200"
+    for name in ("NVIDIA", "NVIDIA H2000", "H200", "NVIDIA H200 MIG 7g.141gb", "NVIDIA GeForce RTX 4090 D MIG"):
+        assert device_of_cuda_name(name) is None
+    assert device_of_cuda_name("NVIDIA B200").name == "b200"
+    assert device_of_cuda_name("NVIDIA GeForce RTX 4090").name == "rtx-4090"
+
+
+def test_the_peak_depends_on_the_format():
+    device = from_keys(REQUIRED, "a.yml")
+    assert [device.peak(dtype) for dtype in ("fp32", "bf16", "fp16")] == [3e9, 2e9, 2e9]
+    assert from_keys(REQUIRED | {"reserve": 0.25e9}, "a.yml").usable == 0.75e9
