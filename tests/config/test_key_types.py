@@ -25,3 +25,33 @@ from neox.config.key_types import property_schema, type_text
 )
 def test_type_of_a_key(key, text):
     assert type_text(property_schema(key)) == text
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({}, "anything"),
+        ({"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "integer >= 0"),
+        ({"type": "integer", "minimum": 1, "maximum": 2**31 - 2}, "integer >= 1, <= 2.14748e+09"),
+        ({"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 8}, "integer > 0, < 8"),
+        ({"type": "number", "minimum": -1, "exclusiveMaximum": 0.5}, "number >= -1, < 0.5"),
+        ({"type": "array"}, "list of anything"),
+        ({"type": "array", "items": {"type": "integer", "minimum": 0}}, "list of integer >= 0"),
+        ({"type": "array", "prefixItems": [{}, {}, {}]}, "list of 3 numbers"),
+        ({"enum": [1, "a"], "type": "string"}, "one of 1, a"),
+        ({"$ref": "#/$defs/Some"}, "mapping (Some)"),
+        ({"anyOf": [{"type": "object"}, {"type": "null"}]}, "mapping or null"),
+    ],
+)
+def test_the_words_of_a_schema(schema, text):
+    assert type_text(schema) == text
+
+
+def test_properties_behind_references_and_null():
+    assert property_schema("model")["title"] == "ModelConfig" and "$ref" in property_schema("model")
+    assert property_schema("model.lora.alpha")["default"] == 16.0
+    assert property_schema("logging.wandb.mode")["enum"] == ["online", "offline"]
+    assert property_schema("data.fim.rate")["maximum"] == 1
+    for key in ("model.nothing", "nothing", "model.rope_scaling.nothing"):
+        with pytest.raises(KeyError):
+            property_schema(key)

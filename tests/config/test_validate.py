@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from neox.config.layers import Origin
 from neox.config.load import load, load_config
-from neox.config.validate import BatchSizes, batch_sizes, validate
+from neox.config.rules import Conflict
+from neox.config.validate import BatchSizes, batch_sizes, check_sources, location, problem, validate, value_of
 from neox.errors import ConfigError
 
 BASE = ["model.vocab_size=100", "data.train=[corpus]", "train.micro_batch_size=1"]
@@ -99,3 +101,80 @@ def test_a_report_names_files_lines_values_and_the_rule(tmp_path, monkeypatch):
 def test_invalid_arguments_are_a_bug_of_the_caller(world_size, device):
     with pytest.raises(ValueError, match="world_size"):
         validate(config_of(), world_size, device)
+
+
+@pytest.mark.parametrize(
+    ("micro", "accumulation", "total", "sizes"),
+    [
+        (3, None, None, (3, 1, 12, 4)),
+        (3, 5, None, (3, 5, 60, 4)),
+        (3, 5, 60, (3, 5, 60, 4)),
+        (3, None, 60, (3, 5, 60, 4)),
+        (None, 5, 60, (3, 5, 60, 4)),
+        (None, None, 60, (15, 1, 60, 4)),
+    ],
+)
+def test_batch_sizes_over_the_replicas(micro, accumulation, total, sizes):
+    """Eight processes in groups of two read four batches."""
+    given = {"micro_batch_size": micro, "gradient_accumulation": accumulation, "global_batch_size": total}
+    overrides = [f"train.{key}={value or 'null'}" for key, value in given.items()]
+    assert batch_sizes(config_of(*overrides, "parallel.tensor=2"), 8) == BatchSizes(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (["data.train=[]"], "no training data"),
+        (["data.path=x"], "data is given twice"),
+        (["data.path=x", "data.train=[]", "data.text=[y]"], "data is given twice"),
+        ([], None),
+        (["data.path=x", "data.train=[]"], None),
+        (["data.text=[y]", "data.train=[]"], None),
+        (["data.validation=[v]", "evaluate.interval=5", "data.split=bad"], None),  # nothing else is checked
+    ],
+)
+def test_the_sources_alone_are_checked(overrides, what):
+    config = config_of(*overrides)
+    if what is None:
+        check_sources(config)
+    else:
+        with pytest.raises(ConfigError) as caught:
+            check_sources(config)
+        assert caught.value.what == what and "data." in caught.value.where
+
+
+def test_the_place_of_a_key():
+    origins = {
+        "a.b": Origin("x.yml", 3),
+        "a.c": Origin("default"),
+        "d.e.f": Origin("--set"),
+        "g.h": Origin("derived"),
+        "a.bc": Origin("y.yml", 9),
+    }
+    places = {key: location(key, origins) for key in ("a.b", "a.c", "d.e", "d", "g.h", "a.bc", "z", "d.e.f.g")}
+    assert places == {
+        "a.b": "x.yml:3 a.b",
+        "a.c": "a.c",
+        "d.e": "--set d.e",
+        "d": "--set d",
+        "g.h": "g.h",
+        "a.bc": "y.yml:9 a.bc",
+        "z": "z",
+        "d.e.f.g": "d.e.f.g",
+    }
+
+
+def test_the_value_of_a_section_is_what_is_below_it():
+    values = {"a.b": 1, "a.c.d": 2, "ab.e": 3, "f": None}
+    assert value_of("a.b", values) == 1 and value_of("f", values) is None
+    assert value_of("a", values) == {"b": 1, "c.d": 2} and value_of("zz", values) == {}
+
+
+def test_a_conflict_becomes_an_error_with_places_values_and_facts():
+    conflict = Conflict("what", ("a.b", "a.c"), "rule", "do", (("world size", 3), ("x", "y")))
+    error = problem(conflict, {"a.b": True, "a.c": "t" * 99}, {"a.c": Origin("x.yml", 2)})
+    assert error.line() == (
+        f"error[2] what; where=a.b, x.yml:2 a.c; got=a.b = true, a.c = '{'t' * 76}..., world size = 3, x = y; "
+        "want=rule; do=do"
+    )
+    assert problem(Conflict("what", (), "rule"), {}, {}).where is None
