@@ -53,7 +53,6 @@ def test_nothing_of_a_text_is_shown():
         ("\n\na: x\n  b: y: z\n", "x.yml:4", "quote the value: it holds ': '"),
         ("a: 1\n- b\n", "x.yml:2", "indent the line exactly as the other keys of its section"),
         ("a\nb: 1\n", "x.yml:2", "write ': ' after the key on line 1"),
-        ("a:\n  b 2 # x: y\n  # z: 1\n  c: 8\n", "x.yml:4", "write ': ' after the key on line 2"),
         ("a: 1 # c\n # d\n  b: 2\n", "x.yml:3", None),
         ("key: 1\nword\n", "x.yml:3", "write ': ' after the key on line 2"),
         ("a: &x\nb: *y z\n", "x.yml:2", None),
