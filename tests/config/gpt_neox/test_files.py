@@ -248,3 +248,57 @@ def test_post_training_files_set_objective_and_data(write):
         "data/dpo_val_rejected_label_document",
     )
     assert read["dpo"].train.dpo_beta == 0.01 and read["rm"].model.output == "score"
+
+
+@pytest.mark.parametrize(
+    ("text", "detected"),
+    [
+        ("", False),
+        ("include: [a]\nnum_layers: 2", True),
+        ("include: [a]\noptimizer: {params: {}}", True),
+        ("optimizer: {type: Adam, params: {lr: 1}}\nmodel: {num_layers: 2}", False),
+        ("optimizer: {params: {lr: 1}}\nprecision: {dtype: bf16}", True),
+        ("checkpoint: {save_interval: 3}", False),
+        ("checkpoint: {save_interval: 3}\nseq_length: 3", True),
+        ("tokenizer: {file: t.json}\nzero_optimization: {stage: 1}", True),
+        ("zero: {stage: 1}\nzero_optimization: {stage: 1}", False),
+        ("precision: {}", False),
+        ("deepspeed: null\nprofile: null", False),
+        ("deepspeed: null\nprofile: false", True),
+    ],
+)
+def test_detection_by_the_keys_that_only_one_side_has(text, detected):
+    assert is_gpt_neox(leaves(text)) is detected
+
+
+def test_a_key_of_several_leaves_has_the_line_of_the_first():
+    given = collect(leaves("optimizer:\n  params:\n    lr: 1\n    eps: 2\n  type: Lion\nlog_dir: x\n"), "f.yml")
+    assert {name: (item.value, item.source, item.line) for name, item in given.items()} == {
+        "optimizer": ({"params": {"lr": 1, "eps": 2}, "type": "Lion"}, "f.yml", 3),
+        "log_dir": ("x", "f.yml", 6),
+    }
+
+
+def test_a_key_replaces_the_mapping_of_an_earlier_file(write):
+    write("a.yml", BASE | {"optimizer": {"type": "Adam", "params": {"lr": 0.1, "eps": 0.2}}})
+    write("b.yml", {"optimizer": {"type": "Lion", "params": {"lr": 0.3}}, "seq_length": 8})
+    optimizer = load(["a.yml", "b.yml"]).config.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.eps) == ("lion", 0.3, 1e-8)
+
+
+def test_gpt_neox_files_before_and_after_each_other(write, tmp_path):
+    """A native file between them is no reason to refuse the second."""
+    write("a.yml", BASE)
+    write("b.yml", {"seq_length": 8})
+    (tmp_path / "mine.yml").write_text("data: {seq_length: 16}\n")
+    assert load(["a.yml", "b.yml", "mine.yml"]).config.data.seq_length == 16
+    assert load(["a.yml", "mine.yml", "b.yml"]).config.data.seq_length == 16  # native settings win
+
+
+def test_nothing_is_translated_if_the_model_is_incomplete(write):
+    file = write("a.yml", {"hidden_size": 8, "activation": "bogus", "zzz": 1})
+    lines = refusal(file).splitlines()
+    assert [line.partition(";")[0] for line in lines] == [
+        "error[2] unknown key of GPT-NeoX",
+        "error[2] incomplete GPT-NeoX config",
+    ]

@@ -79,3 +79,50 @@ def test_deepspeed_keys_are_passed_through(name):
 def test_keys_of_shipped_files_that_are_no_arguments_are_known(name):
     """Files of GPT-NeoX and Pythia use them, its argument classes do not have them."""
     assert name not in ARGUMENTS and name in GPT_NEOX_KEYS
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "to", "default"),
+    [
+        ("num_layers", "renamed", ("model.num_layers",), None),
+        ("seq_length", "renamed", ("data.seq_length",), None),
+        ("data_path", "renamed", ("data.path",), None),
+        ("train_batch_size", "renamed", ("train.global_batch_size",), None),
+        ("log_interval", "renamed", ("logging.interval",), 100),
+        ("gpt_j_residual", "renamed", ("model.parallel_residual",), False),
+        ("tokenizer_type", "translated", ("model.vocab_size", "tokenizer.file"), "GPT2BPETokenizer"),
+        ("valid_data_paths", "translated", ("data.validation",), None),
+        ("test_data_weights", "translated", ("data.test",), None),
+        ("neg_valid_label_data_paths", "translated", ("data.validation",), None),
+        ("pos_test_data_paths", "translated", ("data.test",), None),
+        ("deepspeed_extra_args", "translated", ("deepspeed",), None),
+        ("csv_monitor", "translated", ("deepspeed.csv_monitor",), None),
+        ("num_nodes", "ignored", (), None),
+        ("use_qk_layernorm", "unsupported", (), None),
+    ],
+)
+def test_the_rule_of_a_key(name, kind, to, default):
+    rule = GPT_NEOX_KEYS[name]
+    assert (rule.kind, rule.to, rule.default) == (kind, to, default)
+
+
+def test_a_model_needs_its_size():
+    assert REQUIRED == ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
+    assert all(GPT_NEOX_KEYS[name].kind == "renamed" and GPT_NEOX_KEYS[name].default is None for name in REQUIRED)
+
+
+def test_every_value_that_enables_nothing_is_accepted_and_every_other_refused():
+    plain = result({})
+    unsupported = {name: rule for name, rule in GPT_NEOX_KEYS.items() if rule.kind == "unsupported"}
+    for index in range(3):
+        values = {name: rule.harmless[index] for name, rule in unsupported.items() if index < len(rule.harmless)}
+        assert result(values) == plain
+    lines = result(dict.fromkeys(unsupported, "on"))[2]
+    assert len(lines) == len(unsupported)
+    for line, (name, rule) in zip(lines, unsupported.items(), strict=True):
+        assert line.endswith(f"where=a.yml:1 {name}; got='on'; do={rule.text}")
+
+
+def test_ignored_keys_have_no_effect():
+    ignored = [name for name, rule in GPT_NEOX_KEYS.items() if rule.kind == "ignored"]
+    assert len(ignored) > 100 and result(dict.fromkeys(ignored, "on")) == result({})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
-from neox.config.schema import DataConfig, SpecialIds, parse_split
+from neox.config.schema import DataConfig, DataSource, SpecialIds, parse_split
 
 
 def test_sources_may_be_bare_prefixes():
@@ -38,3 +39,48 @@ def test_special_ids_that_stop_generation():
     assert SpecialIds().ends() == frozenset()
     assert SpecialIds(eos=3, stop=(4,)).ends() == {3, 4}
     assert SpecialIds(eos=(1, 2)).ends() == {1, 2}
+
+
+def test_short_forms_of_every_part():
+    for part in ("train", "validation", "test"):
+        for given in ("a", ["a"], ("a",), [{"path": "a"}], [DataSource(path="a")]):
+            assert getattr(DataConfig.model_validate({part: given}), part) == (DataSource(path="a"),)
+    content = {"train": ["a"], "text": "t"}
+    DataConfig.model_validate(content)
+    assert content == {"train": ["a"], "text": "t"}  # not changed
+    assert DataConfig.model_validate({"text": ["t", "u"]}).text == ("t", "u")
+
+
+@pytest.mark.parametrize(
+    "given", [{"train": 3}, {"train": [3]}, {"train": {"path": "a"}}, {"text": 3}, {"path": ["a"]}, 3]
+)
+def test_other_forms_are_refused(given):
+    with pytest.raises(ValidationError):
+        DataConfig.model_validate(given)
+
+
+@pytest.mark.parametrize(
+    ("text", "shares"),
+    [
+        ("1,1", (0.5, 0.5, 0)),
+        ("1/2/1", (0.25, 0.5, 0.25)),
+        ("0,0,2", (0, 0, 1)),
+        ("1e-9", (1, 0, 0)),
+        ("3,1/4", (3 / 8, 1 / 8, 0.5)),
+    ],
+)
+def test_further_splits(text, shares):
+    assert parse_split(text) == shares
+
+
+@pytest.mark.parametrize(
+    ("ids", "ends"),
+    [
+        ({"eos": 0}, {0}),
+        ({"eos": [1], "stop": [1, 2]}, {1, 2}),
+        ({"stop": [5]}, {5}),
+        ({"bos": 1, "pad": 2}, set()),
+    ],
+)
+def test_only_eos_and_stop_end_a_text(ids, ends):
+    assert SpecialIds.model_validate(ids).ends() == frozenset(ends)

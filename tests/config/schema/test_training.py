@@ -34,3 +34,16 @@ def test_an_integral_warmup_stays_an_integer(given, kind):
 def test_a_pair_takes_two_rows(objective, rows):
     train = TrainConfig(objective=objective)
     assert (train.rows_per_sample, train.on_pairs) == (rows, rows == 2)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(0, 0), (0.0, 0), (1e6, 1000000), (0.999, 0.999), (2**53, 2**53)])
+def test_warmup_in_steps_or_a_part_of_a_step(given, kept):
+    warmup = ScheduleConfig(warmup_iters=given).warmup_iters
+    assert warmup == kept and type(warmup) is type(kept)
+
+
+def test_whole_floats_of_other_keys_stay_floats_and_integers_stay_integers():
+    assert type(OptimizerConfig(lr=1.0).lr) is float
+    assert type(ScheduleConfig(cooldown_iters=3).cooldown_iters) is int
+    with pytest.raises(ValidationError):
+        ScheduleConfig(decay_iters=10.0)
