@@ -17,6 +17,8 @@ ALIASES = {"bfloat16"}  # DeepSpeed's second name for bf16
 # DeepSpeed reads the environment and changes torch's defaults on import.
 PROBE = """
 import json
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
 from deepspeed.runtime import config, precision_config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -44,7 +46,9 @@ class Recorder(dict):
     def keys(self):
         return Keys(self)
 
-recorder = Recorder(train_batch_size=1)
+names = ("activation_checkpointing", "aio", "data_types", "flops_profiler", "torch_autocast")
+sections = {name: Recorder() for name in names}
+recorder = Recorder(train_batch_size=1, **sections)
 config.DeepSpeedConfig(recorder)
 
 def fields(model):
@@ -59,6 +63,12 @@ print(json.dumps({
     "zero_optimization": fields(DeepSpeedZeroConfig),
     "bf16": fields(precision_config.DeepSpeedBF16Config),
     "fp16": fields(precision_config.DeepSpeedFP16Config),
+    "comet": fields(CometConfig),
+    "comms_logger": fields(CommsLoggerConfig),
+    "csv_monitor": fields(CSVConfig),
+    "tensorboard": fields(TensorBoardConfig),
+    "wandb": fields(WandbConfig),
+    **{name: sorted(section.seen) for name, section in sections.items()},
 }))
 """
 
@@ -77,7 +87,7 @@ def test_top_level_keys_are_exactly_those_that_deepspeed_reads(installed):
     assert set(DEEPSPEED_KEYS) <= set(installed["top"])
 
 
-@pytest.mark.parametrize("section", ["zero_optimization", "bf16", "fp16"])
+@pytest.mark.parametrize("section", [name for name, below in DEEPSPEED_KEYS.items() if below])
 def test_keys_of_a_section_are_deepspeeds(installed, section):
     assert set(DEEPSPEED_KEYS[section]) == set(installed[section])
 
@@ -92,3 +102,26 @@ def test_owned_keys_name_keys_of_both_sides():
         section, _, inner = theirs.partition(".")
         assert section in {*DEEPSPEED_KEYS, *ALIASES} and (not inner or inner in DEEPSPEED_KEYS[section])
         assert owner in ours
+
+
+def test_the_owner_of_a_key_sets_the_same_thing():
+    assert {
+        "activation_checkpointing": "train.activation_checkpointing",
+        **dict.fromkeys(("bf16", "bfloat16", "data_types", "fp16", "torch_autocast"), "precision.dtype"),
+        "weight_quantization": "precision.dtype",
+        "checkpoint": "checkpoint",
+        "expert_parallel": "parallel",
+        **dict.fromkeys(
+            ("gradient_accumulation_steps", "managed_gradient_accumulation"), "train.gradient_accumulation"
+        ),
+        "gradient_clipping": "optimizer.gradient_clipping",
+        "optimizer": "optimizer",
+        "pipeline": "parallel.pipeline",
+        "scheduler": "schedule",
+        "tensor_parallel": "parallel.tensor",
+        "tensorboard": "logging.tensorboard",
+        "train_batch_size": "train.global_batch_size",
+        "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+        "vocabulary_size": "model.vocab_size",
+        "zero_optimization.stage": "zero.stage",
+    } == OWNED_KEYS
