@@ -311,3 +311,5 @@ def test_a_list_or_text_of_an_override_may_end_in_a_comment():
 def test_a_long_value_of_an_override_is_cut_in_the_report():
     (line,) = refusal(overrides=("model.vocab_size=1", f"data.train=[{'x' * 200}"))
     assert f"got=[{'x' * 79}; want=" in line
+    (line,) = refusal(overrides=("model.vocab_size=1", f"run.dir=\udce9{'x' * 200}"))
+    assert "x" * 70 in line and "x" * 81 not in line

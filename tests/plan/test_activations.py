@@ -220,3 +220,16 @@ def test_activations_under_every_kind_of_parallelism():
     assert (tensor.boundary, sequence.boundary, context.boundary) == (STREAM, STREAM // 2, STREAM // 2)
     assert sequence.working == tensor.working == QKV + STREAM // 2 + 3 * STREAM
     assert (tensor.logits, context.logits) == (TOKENS * 512 * 2, TOKENS * 512 * 2)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_adapted_layers_save_their_merged_matrices(checkpointing, monkeypatch):
+    """Those of a block: of the fused projection and of the second matrix of the MLP."""
+    monkeypatch.setitem(FORMS, "plain", {})
+    monkeypatch.setitem(FORMS, "adapted", {"lora": {"rank": 4, "targets": ["attention.qkv", "mlp.down"]}})
+    plain, adapted = (planned(form, checkpointing)[0] for form in ("plain", "adapted"))
+    merged = 4 * (192 * 64 + 64 * 160)
+    full = checkpointing == "full"
+    assert adapted.saved - plain.saved == (0 if full else 3 * merged)
+    assert adapted.recomputed - plain.recomputed == (merged if full else 0)
+    assert adapted.uncheckpointed - plain.uncheckpointed == 3 * merged

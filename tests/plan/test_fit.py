@@ -234,3 +234,18 @@ def test_conflicts_depend_on_the_kind_of_the_device():
     assert conflicts(fp16, 8, "cuda") == [] and [found.what for found in conflicts(fp16, 8, "cpu")] == [
         "fp16 needs a GPU"
     ]
+
+
+def test_four_keys_are_changed_if_three_are_not_enough():
+    config = small("train.micro_batch_size=2", "train.global_batch_size=16")
+    lowest = {}
+    for count in (3, 4):
+        for keys in combinations(options(config, 2, A100), count):
+            candidate, _ = changed(config, 2, keys)
+            if not conflicts(candidate, 2, "cuda"):
+                peak = estimate(candidate, 2, A100).peak
+                lowest[count] = min(lowest.get(count, peak), peak)
+    assert lowest[4] < lowest[3]
+    change, fastest = changes(config, 2, replace(A100, memory=lowest[4] + A100.reserve))
+    assert len(set(change.keys) - {"train.gradient_accumulation"}) == 4 and fastest is change
+    assert change.estimate.peak == lowest[4]

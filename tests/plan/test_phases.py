@@ -212,3 +212,8 @@ def test_adapters_change_what_is_reduced_and_updated_and_not_the_weights():
     assert memory.phases["reduce"] == resident + bucket + 2 * trained + 2 * trained + 4 * factor + last_of(memory)
     assert memory.phases["start"] == max(4 * stage.parameters, 2 * stage.parameters + 2 * trained)
     assert memory.checkpoint == 6 * trained + (stage.parameters - trained)
+
+
+def test_a_late_reduction_joins_at_most_half_a_billion_elements():
+    have, stage = held("pythia/1B.yml", 2, "zero.stage=0", "precision.dtype=fp32")
+    assert stage.parameters > 500_000_000 and have.bucket == 4 * 500_000_000

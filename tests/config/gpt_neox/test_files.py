@@ -302,3 +302,9 @@ def test_nothing_is_translated_if_the_model_is_incomplete(write):
         "error[2] unknown key of GPT-NeoX",
         "error[2] incomplete GPT-NeoX config",
     ]
+
+
+def test_items_of_native_files_keep_their_lines_above_gpt_neox_files(write, tmp_path):
+    write("a.yml", BASE)
+    (tmp_path / "mine.yml").write_text("data:\n  train:\n  - a\n  - path: b\n    weight: -1\n")
+    assert "where=mine.yml:5 data.train.1.weight" in refusal("a.yml", "mine.yml")
