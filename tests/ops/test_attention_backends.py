@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neox.ops import attention, attention_qkv
-from neox.ops.attention import check_shared_memory, choose_backend, log_choice, log_mask
+from neox.ops.attention import MaskCache, check_shared_memory, choose_backend, log_choice, log_mask
 from tests import reference
 from tests.ops.attention_cases import CASES, CUDA, DTYPES, gradients, qkv_of
 
@@ -180,3 +180,78 @@ def test_backend_choice(caplog):
         choose_backend("flash", "cpu", torch.float32)
     with pytest.raises(ValueError, match=r"softcap needs the native backend; got backend 'sdpa'"):
         choose_backend("sdpa", "cpu", torch.float32, softcap=30.0)
+
+
+SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.01])
+IDS = torch.tensor([[0] * 4 + [1] * 7, [0] * 9 + [3] * 2], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale": 0.3},
+        {"causal": False},
+        {"causal": False, "scale": 0.3, "alibi_slopes": SLOPES},
+        {"causal": False, "segment_ids": IDS},
+        {"window": 1},
+        {"window": 3},
+        {"window": 10},
+        {"window": 11},
+        {"segment_ids": IDS},
+        {"alibi_slopes": SLOPES},
+        {"window": 4, "segment_ids": IDS, "alibi_slopes": SLOPES, "scale": 0.3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("queries", [1, 2, 10, 11])
+def test_every_option_of_sdpa_at_every_number_of_new_queries(queries, options):
+    q, k, v = torch.rand(2, queries, 4, 16), torch.rand(2, 11, 2, 16), torch.rand(2, 11, 2, 16)
+    masks = MaskCache()
+    want = reference.attention(q, k, v, **options)
+    for cache in (None, masks, masks):
+        reference.assert_near(attention(q, k, v, backend="sdpa", mask_cache=cache, **options), want)
+
+
+def test_one_cache_of_masks_holds_those_of_every_option():
+    masks = MaskCache()
+    q, k, v = torch.rand(2, 11, 4, 16), torch.rand(2, 11, 2, 16), torch.rand(2, 11, 2, 16)
+    given = [{"window": 2}, {"window": 3}, {"segment_ids": IDS}, {"alibi_slopes": SLOPES}]
+    given += [{**given[0], **given[2]}, {**given[2], **given[3]}, {"causal": False, **given[2]}]
+    for options in given * 2:
+        reference.assert_near(
+            attention(q, k, v, backend="sdpa", mask_cache=masks, **options), reference.attention(q, k, v, **options)
+        )
+
+
+def test_dropout_of_sdpa_is_torchs():
+    q, k, v = torch.rand(3, 2, 11, 4, 16)
+    torch.manual_seed(1)
+    dropped = attention(q, k, v, dropout_p=0.5, backend="sdpa")
+    torch.manual_seed(1)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, dropout_p=0.5
+    )
+    assert torch.equal(dropped, want.transpose(1, 2))
+    assert not torch.allclose(dropped, attention(q, k, v, backend="sdpa"), atol=1e-2)
+
+
+def test_the_backend_of_other_devices_and_dtypes():
+    found = {
+        ("cpu", torch.float16, None): "native",
+        ("cpu", torch.bfloat16, 30.0): "native",
+        ("meta", torch.float32, None): "native",
+        ("cuda", torch.float16, None): "sdpa",
+        ("xpu", torch.bfloat16, None): "sdpa",
+        ("xpu", torch.bfloat16, 30.0): "native",
+    }
+    assert {key: choose_backend("auto", key[0], key[1], key[2]) for key in found} == found
+    assert choose_backend("hopper", "cuda", torch.bfloat16) == "hopper"
+    assert choose_backend("sdpa", "cpu", torch.float32) == "sdpa"
+
+
+@pytest.mark.parametrize("size", [(100_000, 200_000), (200_000, 200_000)])
+def test_kernels_that_just_fit_are_not_refused(size):
+    check_shared_memory(size, 200_000, 128, True)
+    with pytest.raises(ValueError, match="needs 200000 bytes"):
+        check_shared_memory(size, 199_999, 128, True)

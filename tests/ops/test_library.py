@@ -73,6 +73,8 @@ def test_backend():
     assert neox.ops.backend("bias_gelu").startswith(f"native {neox.ops.ISA}: ")
     with pytest.raises(ValueError, match=r"unknown operator 'gelu'; known: .*bias_gelu"):
         neox.ops.backend("gelu")
+    with pytest.raises(ValueError, match="unknown operator 'rotary_tables'"):  # runs no kernel
+        neox.ops.backend("rotary_tables")
 
 
 def test_missing_cuda_kernels_are_explained(tmp_path, monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
 from neox.ops import backend, linear
-from neox.ops.linear import LINEAR_BACKEND, upcasts_bf16
+from neox.ops.linear import LINEAR_BACKEND, linear_input_gradient, linear_weight_gradient, upcasts_bf16
 from tests import reference
 
 native = torch.ops.neox
@@ -269,3 +271,30 @@ def test_few_rows_errors(inputs, message):
 def test_upcast_backward_error(dy, message):
     with pytest.raises(ValueError, match=message):
         native.linear_bf16_backward(dy, X.bfloat16(), W.bfloat16(), True, True, True)
+
+
+@pytest.mark.parametrize("upcasts", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (9, 4, 1)])
+def test_gradients_one_at_a_time(shape, dtype, upcasts, monkeypatch):
+    """Layers call them one by one, to overlap them with communication."""
+    module = importlib.import_module("neox.ops.linear")  # the package has a function of that name
+    monkeypatch.setattr(module, "UPCASTS_BF16", upcasts)
+    x, dy = reference.random(*shape, 7, dtype=dtype), reference.random(*shape, 6, dtype=dtype, seed=1)
+    weight = reference.random(6, 7, dtype=dtype, seed=2)
+    dx = linear_input_gradient(dy, weight)
+    assert (dx.shape, dx.dtype) == (x.shape, dtype)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(dx.double(), dy.double() @ weight.double(), atol=tolerance, rtol=tolerance)
+    rows = dy.double().flatten(0, -2)
+    for need_dweight, need_dbias in ((True, True), (True, False), (False, True), (False, False)):
+        dweight, dbias = linear_weight_gradient(dy, x, weight, need_dweight, need_dbias)
+        assert (dweight is not None, dbias is not None) == (need_dweight, need_dbias)
+        if dweight is not None:
+            want = rows.t() @ x.double().flatten(0, -2)
+            assert dweight.dtype == dtype
+            torch.testing.assert_close(dweight.double(), want, atol=5 * tolerance, rtol=tolerance)
+        if dbias is not None:
+            assert dbias.dtype == dtype
+            torch.testing.assert_close(dbias.double(), rows.sum(0), atol=5 * tolerance, rtol=tolerance)
+    assert all(part is not None for part in linear_weight_gradient(dy, x, weight))
