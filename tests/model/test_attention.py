@@ -66,6 +66,7 @@ def test_rows_are_queries_then_key_then_value_of_each_group(groups):
         {"attention_softcap": 0.7},
         {"position_embedding": "alibi"},
         {"sliding_window": 3, "attention_softcap": 0.7, "position_embedding": "alibi"},
+        {"qk_norm": True},
     ],
 )
 @pytest.mark.parametrize("documents", [False, True])
@@ -80,6 +81,9 @@ def test_window_cap_slopes_and_documents(options, documents):
     heads = []
     for head in range(6):
         q, k, v = qkv[:, :, head // 3, head % 3], qkv[:, :, head // 3, 3], qkv[:, :, head // 3, 4]
+        if attention.query_norm is not None:
+            q = torch.nn.functional.rms_norm(q, (4,), attention.query_norm.weight.double(), 1e-5)
+            k = torch.nn.functional.rms_norm(k, (4,), attention.key_norm.weight.double(), 1e-5)
         scores = q @ k.transpose(1, 2) / 2
         if cap := options.get("attention_softcap"):
             scores = cap * (scores / cap).tanh()

@@ -95,6 +95,12 @@ def test_backend_reports_cuda(monkeypatch):
     assert neox.ops.backend("gated").endswith("on CUDA tensors: no kernel, not loaded: torch sees no GPU")
 
 
+def test_operators_without_kernels_for_cuda():
+    assert not _library.runs_on_cuda("invented_yesterday")
+    assert _library.runs_on_cuda("norm") == (_library.CUDA == "loaded")
+    assert not _library.runs_on_cuda("decode_block")
+
+
 @pytest.mark.parametrize("name", [name for name in neox.ops.__all__ if name not in neox.ops.HELPERS | {"linear"}])
 def test_every_public_operator_names_a_native_one(name):
     assert hasattr(torch.ops.neox, neox.ops.NATIVE.get(name, name))
