@@ -19,7 +19,7 @@ from neox.convert.huggingface import (
     to_huggingface,
 )
 from neox.data.text.tokenizer import Tokenizer
-from neox.errors import CheckpointError, ConfigError
+from neox.errors import CheckpointError, ConfigError, DiskError
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
 from tests.gpt_neox_tokenizer import write_gpt_neox_tokenizer
@@ -230,3 +230,33 @@ def test_probes_are_longer_than_the_window_and_fit_the_model(tmp_path, options, 
     for vocab_size in (100, int(text.max())):
         small = config.model_copy(update={"vocab_size": vocab_size})
         assert int(probe_tokens(small, Path(file)).max()) < vocab_size
+
+
+def test_an_export_that_transformers_cannot_load_is_named(tmp_path):
+    config, weights = random_model(vocab_size=16)
+    with pytest.raises(CheckpointError, match=f"export does not load in transformers; where={tmp_path}"):
+        compare(tmp_path, GPT(config, Mesh.single()))
+    to_huggingface(config, weights, tmp_path / "out")
+    content = read_json(tmp_path / "out", "config.json") | {"intermediate_size": 63}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="does not load"):
+        compare(tmp_path / "out", GPT(config, Mesh.single()))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    config, weights = random_model(vocab_size=16)
+    (tmp_path / "file").touch()
+    with pytest.raises(DiskError, match="export cannot be written; where=.*file/below"):
+        to_huggingface(config, weights, tmp_path / "file" / "below")
+
+
+def test_an_export_that_fails_has_no_config(tmp_path):
+    config, weights = random_model(vocab_size=16)
+
+    def failing():
+        yield from list(weights.items())[:3]
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DiskError, match=r"export cannot be written; .*No space left.*; do=free space"):
+        to_huggingface(config, failing(), tmp_path)
+    assert not (tmp_path / "config.json").exists() and not (tmp_path / "model.safetensors").exists()

@@ -207,6 +207,22 @@ def test_generators_are_forked_for_dropout_only(monkeypatch):
         assert len(forks) == want
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_masks_of_the_tensor_group_differ(dropout):
+    """Each process has other heads."""
+    config = ModelConfig(num_layers=1, hidden_size=24, num_attention_heads=6, vocab_size=8, attention_dropout=dropout)
+    results = []
+    for rank in range(2):
+        attention = Attention(config, Mesh(tp=2, rank=rank)).train()
+        for i, parameter in enumerate(attention.parameters()):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(i))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results.append((attention(torch.ones(1, 7, 24), Context()), torch.rand(())))
+    assert torch.equal(results[0][0], results[1][0]) == (dropout == 0.0)
+    assert torch.equal(results[0][1], results[1][1])
+
+
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_layers_share_the_full_mask_of_a_forward_pass(recompute, monkeypatch):
     """ALiBi, a window and documents through sdpa: one mask [b, n, s, t] for three layers, forward and backward, and

@@ -6,6 +6,7 @@ import torch
 from neox.config.schema import ModelConfig
 from neox.model.attention import Context
 from neox.model.block import Block, make_block
+from neox.parallel.mesh import Mesh
 
 FORMS = {
     "sequential": {},
@@ -97,3 +98,20 @@ def test_each_branch_has_a_mask_of_its_own(form):
     found, counts = stream.unique(return_counts=True)
     assert found.tolist() == [0.0, 2.0, 20.0, 22.0]
     assert (counts / stream.numel()).tolist() == pytest.approx([0.25] * 4, abs=0.05)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_masks_of_the_tensor_group_differ_where_their_tokens_do(form, sequence):
+    sizes = {"num_layers": 1, "hidden_size": 24, "num_attention_heads": 6, "vocab_size": 5}
+    config, results = ModelConfig(**sizes | FORMS[form], hidden_dropout=0.5), []
+    for rank in range(2):
+        block = make_block(config, Mesh(tp=2, rank=rank, sequence=sequence)).train()
+        for i, parameter in enumerate(block.parameters()):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(i))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            stream, _ = block(torch.ones(2, 7, 24), None, Context.of(config, 7))
+        results.append((stream, torch.rand(())))
+    assert torch.equal(results[0][0], results[1][0]) != sequence
+    assert torch.equal(results[0][1], results[1][1])

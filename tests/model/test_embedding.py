@@ -59,3 +59,15 @@ def test_words_are_padded_and_positions_are_not():
     embedding = build(position_embedding="learned", vocab_multiple=8)
     assert (embedding.word.weight.shape, embedding.position.weight.shape) == ((16, 8), (9, 8))
     assert Embedding(ModelConfig(**SIZES), dtype=torch.bfloat16).word.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_masks_of_the_tensor_group_differ_where_their_tokens_do(sequence):
+    config, masks = ModelConfig(**SIZES, hidden_dropout=0.5), []
+    for rank in range(2):
+        embedding = Embedding(config, Mesh(tp=2, rank=rank, sequence=sequence)).train()
+        torch.nn.init.ones_(embedding.word.weight)
+        torch.manual_seed(0)
+        masks.append((embedding(TOKENS), torch.rand(())))
+    assert torch.equal(masks[0][0], masks[1][0]) != sequence
+    assert torch.equal(masks[0][1], masks[1][1])
