@@ -91,6 +91,7 @@ def test_slopes_are_those_of_the_authors(heads):
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 99, 100])
 def test_a_table_has_all_positions_up_to_the_longest(length):
     table, whole = RotaryTable(ModelConfig(**SIZES)), RotaryTable(ModelConfig(**SIZES)).rows(0, 100, None, 100, CPU)
+    table.rows(0, 1, None, max(1, length - 1), CPU)  # one row fewer
     for start in (0, length - 1):
         cos, sin = table.rows(start, length - start, None, length, CPU)
         assert torch.equal(cos, whole[0][start:length]) and torch.equal(sin, whole[1][start:length])
@@ -120,3 +121,12 @@ def test_the_gradient_of_positions_is_summed_under_sequence_parallelism(sequence
         ((0, 9), (0, 4)),
         torch.bfloat16,
     )
+
+
+def test_rows_of_each_length_are_those_of_a_table_of_it():
+    config = ModelConfig(**SIZES, rope_scaling={"type": "ntk", "factor": 2.0, "original_max_position_embeddings": 8})
+    ids = torch.tensor([[0, 0, 1], [3, 9, 2], [19, 18, 4], [9, 8, 7]])
+    cos, sin = RotaryTable(config).rows_by_length(ids)
+    for row, length in enumerate((2, 10, 20, 10)):
+        want = RotaryTable(config).rows(0, length, None, length, CPU)
+        assert torch.equal(cos[row], want[0][ids[row]]) and torch.equal(sin[row], want[1][ids[row]])
