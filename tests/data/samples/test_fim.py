@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 import torch
 
+from neox._native import core
 from neox.config.schema import FimConfig, TokenizerConfig
 from neox.data.samples.documents import PADDING, DocumentDataset
 from neox.data.samples.fim import Draws, FimDataset, HFCodec, NativeCodec, Transform
@@ -332,3 +333,75 @@ def test_ids_inside_a_character_alone_have_no_text(tokenizer):
     assert len(inside) >= 64
     assert codec.text(inside[:3]) is None
     assert codec.text([*inside[:2], *tokenizer.encode("x")]) == (2, "x")
+
+
+def test_what_is_asked_of_the_samples_is_answered_by_them(files, tokenizer):
+    samples = EpochDataset(files, (0, len(TEXTS)), 64, 1)
+    dataset = FimDataset(samples, transform(tokenizer), 7, 1, document_mask=False)
+    (first, *_) = samples.slices(3)
+    assert 3 in dataset.find(first.source, first.document, 10)
+    assert (
+        dataset.find(first.source, first.document, 10).tolist()
+        == samples.find(first.source, first.document, 10).tolist()
+    )
+    assert dataset.coverage(9) == samples.coverage(9) and dataset.coverage(9)[0].tokens == 9 * 64
+    documents = ", ".join(f"{part.source}.bin document {part.document}" for part in samples.slices(3))
+    assert dataset.describe(3, 5) == f"sample 3 of {documents}, after fill in the middle"
+    assert dataset[3].segment_ids is None and dataset[3].tokens.tolist() != dataset[3 + len(dataset)].tokens.tolist()
+
+
+def test_draws_count_from_one_and_use_all_of_the_range():
+    draws = Draws(99)
+    assert [draws.below(10) for _ in range(3)] == [core.mix(99, number) * 10 >> 64 for number in (1, 2, 3)]
+    assert {Draws(key).below(3) for key in range(60)} == {0, 1, 2} and {Draws(key).below(1) for key in range(9)} == {0}
+    assert not any(Draws(key).happens(0.0) for key in range(99)) and all(Draws(key).happens(1.0) for key in range(99))
+    assert sum(Draws(key).happens(1e-3) for key in range(999)) < 9
+
+
+@pytest.mark.parametrize("spm", [0.0, 1.0])
+@pytest.mark.parametrize("over", [0, 1])
+def test_the_suffix_makes_room_to_its_last_token(tokenizer, spm, over):
+    """With one token less than prefix, middle and sentinels need, the document stays as it is."""
+    fim = transform(tokenizer, spm_rate=spm)
+    text = "def f_1(x): return 5"
+    head, middle, tail = text[:4], text[4:9], text[9:]
+    sizes = [len(tokenizer.encode(part)) for part in (head, middle, tail)]
+    names = [tokenizer.token_id(token) for token in SENTINELS[:3]]
+    ids = np.array([*tokenizer.encode(text), tokenizer.eod_id])
+    for kept in range(sizes[2], -1, -1):
+        room = sizes[0] + sizes[1] + kept + 3 + 1  # the end-of-document token keeps its place
+        out = fim.document(ids, room, Cuts(4, 9)).tolist()
+        suffix = tokenizer.encode(tail)[:kept]
+        first, second = tokenizer.encode(head), tokenizer.encode(middle)
+        psm = [names[0], *first, names[2], *suffix, names[1], *second]
+        assert out == [*([names[0], names[2], *suffix, names[1], *first, *second] if spm else psm), tokenizer.eod_id]
+    if over:
+        room = sizes[0] + sizes[1] + 3
+        assert fim.document(ids, room, Cuts(4, 9)).tolist() == ids[:room].tolist()
+
+
+def test_a_document_that_ends_in_another_token_is_all_body(tokenizer):
+    fim = transform(tokenizer, spm_rate=0.0)
+    ids = np.array(tokenizer.encode("ab"))
+    assert fim.eod_id == tokenizer.eod_id and ids[-1] != fim.eod_id
+    out = fim.document(ids, 100, Cuts(1, 1)).tolist()
+    names = [tokenizer.token_id(token) for token in SENTINELS[:3]]
+    assert out == [names[0], *tokenizer.encode("a"), names[2], *tokenizer.encode("b"), names[1]]
+    assert fim.document(np.array([tokenizer.eod_id]), 100, Cuts(0, 0)).tolist() == [tokenizer.eod_id]
+    assert fim.document(np.empty(0, dtype=np.int64), 100, Cuts(0, 0)).size == 0
+    named = Transform(FimConfig(rate=1.0), TokenizerConfig(file=tokenizer.file, eod_token="a"))
+    assert named.eod_id == tokenizer.token_id("a")
+
+
+def test_a_divider_stays_before_its_fragment(tokenizer):
+    """The first fragment has none; what is left of the room is that of the fragments after it."""
+    fim = transform(tokenizer, split_sample="<|file_sep|>", fragment_rate=1.0, spm_rate=0.0)
+    names = [tokenizer.token_id(token) for token in SENTINELS]
+    a, b = tokenizer.encode("a"), tokenizer.encode("b")
+    ids = np.array([*a, names[3], *b])
+    first, second = [names[0], *a, names[2], names[1]], [names[0], *b, names[2], names[1]]
+    out = fim.document(ids, 9, Cuts(1, 1, 1, 1)).tolist()
+    assert out == [*first, names[3], *second]
+    assert fim.document(ids, 8, Cuts(1, 1, 1, 1)).tolist() == [*first, names[3], *b]  # no room for the sentinels
+    whole = transform(tokenizer, split_sample=None, spm_rate=0.0).document(ids, 20, Cuts(1, 1)).tolist()
+    assert whole[:3] == [names[0], *a, names[2]] and whole.count(names[0]) == 1
