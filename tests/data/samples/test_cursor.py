@@ -209,6 +209,28 @@ def test_neox_order_keeps_its_epochs_or_is_refused(sources, tmp_path):
     assert tokens_of(shorter.parts["train"], 15, 20) == tokens_of(straight, 15, 20)
 
 
+@pytest.mark.parametrize("more", [20, 60, 64, 66, 68, 70, 90])
+def test_neox_order_keeps_its_epochs_under_other_weights_as_long_as_they_suffice(sources, tmp_path, more):
+    """Each source changes its position too. What the run accepts it can read to its end."""
+    data = {"order": "neox"}
+    before = config_of(tmp_path, weighted(sources, a=1, b=1) | data)
+    cursor = RunDatasets(before, {"train": 40}).cursor
+    assert [source.epochs for source in cursor.sources] == [1, 1]
+    epoch = cursor.sources[1].samples
+    now = config_of(tmp_path, weighted(sources, b=9, a=1) | data)
+    needed = 15 + 0.9 * more  # of b, give or take one
+    try:
+        run = RunDatasets(now, {"train": 30 + more}, SavedCursor("step_1", 30, cursor))
+    except CheckpointError as problem:
+        assert needed > epoch - 3 and "the order of" in problem.got and "has 1 epochs -> 2" in problem.got
+        return
+    assert needed < epoch + 1 and [source.epochs for source in run.cursor.sources] == [1, 1]
+    read = tokens_of(run.parts["train"], 30, 30 + more)
+    straight = RunDatasets(before, {"train": 40}).parts["train"].parts
+    wanted = [tuple(straight[1][15 + i].tokens.tolist()) for i in range(len(read_of(read, 1000)))]
+    assert read_of(read, 1000) == wanted and abs(len(wanted) - 0.9 * more) <= 1
+
+
 def test_neox_order_of_a_dataset_that_is_listed_twice(sources, tmp_path):
     """Each entry has the epochs of its own share, and an unchanged config is resumed."""
     prefix = sources["a"].prefix

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -25,6 +26,10 @@ def test_workers_ignore_ctrl_c_and_use_one_thread():
     try:
         with worker_processes(1) as executor:
             assert executor.submit(settings_of_worker).result() == (True, "false")
+            waiting = [executor.submit(time.sleep, 0.02) for _ in range(5)]
+        assert waiting[-1].cancelled()  # what has not begun is dropped at the end
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            executor.submit(settings_of_worker)
     finally:
         signal.signal(signal.SIGINT, before)
 
