@@ -85,20 +85,26 @@ def test_pairs_with_labels_of_both(corpus, make_dataset, tmp_path):
     answers = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
     prefixes = {
         "path": make_dataset(answers, "chosen").prefix,
-        "rejected": make_dataset([row[::-1] for row in answers], "rejected").prefix,
+        "rejected": make_dataset([[*row[::-1], 10] for row in answers], "rejected").prefix,
         "labels": make_dataset([[-100, *row[1:]] for row in answers], "chosen_labels", "int32").prefix,
-        "rejected_labels": make_dataset([[-100, *row[::-1][1:]] for row in answers], "other_labels", "int32").prefix,
+        "rejected_labels": make_dataset(
+            [[-100, *row[::-1][1:], 10] for row in answers], "other_labels", "int32"
+        ).prefix,
     }
     made = config({"train": [prefixes]}, tmp_path, train={"objective": "dpo"})
     dataset = build_datasets(made, {"train": 3})["train"]
     assert isinstance(dataset, PairDataset) and len(dataset) == 3
     for document, row in enumerate(answers):
         pair = dataset.pair(document)
-        for sample, tokens in ((pair.chosen, row), (pair.rejected, row[::-1])):
-            assert sample.tokens[: len(row)].tolist() == tokens and sample.tokens.size == 17
-            assert sample.labels[: len(row)].tolist() == [-100, *tokens[1:]]
+        for sample, tokens in ((pair.chosen, row), (pair.rejected, [*row[::-1], 10])):
+            assert sample.tokens[: len(tokens)].tolist() == tokens and sample.tokens.size == 17
+            assert sample.labels[: len(tokens)].tolist() == [-100, *tokens[1:]]
     cursor = RunDatasets(made, {"train": 3}).cursor
     assert set(cursor.sources[0].files) == {"tokens", "labels", "rejected", "rejected_labels"}
+    nothing = make_dataset([[-100] * (len(row) + 1) for row in answers], "nothing", "int32").prefix
+    made = config({"train": [{**prefixes, "rejected_labels": nothing}]}, tmp_path, train={"objective": "dpo"})
+    with pytest.raises(DataError, match=r"no document has a token to learn; where=.*nothing\.bin documents 0 to 3"):
+        build_datasets(made, {"train": 3})
 
 
 @pytest.mark.parametrize("role", ["path", "rejected"])

@@ -209,7 +209,7 @@ def test_neox_order_keeps_its_epochs_or_is_refused(sources, tmp_path):
     assert tokens_of(shorter.parts["train"], 15, 20) == tokens_of(straight, 15, 20)
 
 
-@pytest.mark.parametrize("more", [20, 60, 64, 66, 68, 70, 90])
+@pytest.mark.parametrize("more", [20, 55, 57, 58, 59, 60, 90])
 def test_neox_order_keeps_its_epochs_under_other_weights_as_long_as_they_suffice(sources, tmp_path, more):
     """Each source changes its position too. What the run accepts it can read to its end."""
     data = {"order": "neox"}

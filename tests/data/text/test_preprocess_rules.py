@@ -223,3 +223,42 @@ def test_the_named_end_of_document_token_is_used_and_recorded(tmp_path):
     preprocess([write_lines(tmp_path / "in.jsonl")], tmp_path / "out", Encoding(made.file, "<end>"))
     dataset = IndexedDataset(tmp_path / "out")
     assert {int(document[-1]) for document in dataset} == {1} and dataset.sidecar.eod_id == 1
+
+
+def test_a_run_that_fails_leaves_the_dataset_that_it_would_have_replaced(tokenizer, tmp_path):
+    file = write_lines(tmp_path / "in.jsonl")
+    preprocess([file], tmp_path / "out", Encoding(tokenizer.file))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("out*")}
+    (tmp_path / "bad.jsonl").write_text('{"text": "new"}\n{oops\n')
+    for options in (Options(overwrite=True), Options(overwrite=True, bad_lines="quarantine")):
+        (tmp_path / "empty.jsonl").write_text("{oops\n")
+        name = "bad.jsonl" if options.bad_lines == "fail" else "empty.jsonl"
+        with pytest.raises(DataError, match="bad line|input has no documents"):
+            preprocess([str(tmp_path / name)], tmp_path / "out", Encoding(tokenizer.file), options)
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("out*")} == before
+    preprocess([str(tmp_path / "bad.jsonl")], tmp_path / "out", Encoding(tokenizer.file), Options(0, "skip", True))
+    assert len(IndexedDataset(tmp_path / "out")) == 1
+
+
+def test_a_run_is_resumed_with_the_tokenizer_that_it_began_with(tokenizer, tmp_path):
+    """By its content, whatever the path."""
+    file = write_lines(tmp_path / "in.jsonl")
+
+    def stop(summary: Summary) -> None:
+        if summary.documents > 20:
+            raise KeyboardInterrupt
+
+    options = Options(block_bytes=200, save_seconds=0, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess([file], tmp_path / "out", Encoding(tokenizer.file), options, stop)
+    moved = (tmp_path / "t.json").rename(tmp_path / "moved.json")
+    train_tokenizer(TEXTS, 299, tmp_path / "t.json", special_tokens=["<more>"])
+    with pytest.raises(DataError, match="progress belongs to another run"):
+        preprocess([file], tmp_path / "out", Encoding(tokenizer.file), options)
+    for other in (Options(block_bytes=200, bad_lines="skip", resume=True), Options(block_bytes=100, resume=True)):
+        with pytest.raises(DataError, match="progress belongs to another run"):
+            preprocess([file], tmp_path / "out", Encoding(str(moved)), other)
+    assert preprocess([file], tmp_path / "out", Encoding(str(moved)), options).documents == 40
+    assert [tokenizer.decode(ids) for ids in IndexedDataset(tmp_path / "out")] == [
+        f"{text}<|endoftext|>" for text in TEXTS
+    ]
