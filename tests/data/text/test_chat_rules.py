@@ -200,7 +200,7 @@ def test_the_end_is_appended_only_if_asked(tokenizer, tmp_path):
 def test_pairs_become_four_datasets_of_equal_numbers(tokenizer, tmp_path):
     lines = [{"prompt": f"Q{i}", "chosen": "yes" * (i + 1), "rejected": "no"} for i in range(5)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n{}\n")
-    seen, children = [], psutil.Process().children()
+    seen, children = [], set(psutil.Process().children())
     encoding = ChatEncoding(tokenizer.file, None, TEMPLATES["plain"], keys=PAIR)
     summary = preprocess_chat(
         [str(tmp_path / "in.jsonl")],
@@ -237,7 +237,7 @@ def test_pairs_become_four_datasets_of_equal_numbers(tokenizer, tmp_path):
     again = preprocess_chat(
         [str(tmp_path / "in.jsonl")], tmp_path / "out", encoding, Options(bad_lines="skip", overwrite=True)
     )
-    assert psutil.Process().children() == children  # the processes of the template have ended
+    assert set(psutil.Process().children()) <= children  # the processes of the template have ended
     assert again.tokens == summary.tokens and len(list(tmp_path.glob("out*"))) == 12
 
 

@@ -135,7 +135,7 @@ def test_progress_is_reported_and_saved_after_each_block(tokenizer, tmp_path):
     assert [blocks for _, blocks, _, _ in seen] == list(range(1, len(seen) + 1)) and len(seen) > 3
     assert all(documents == saved for documents, _, saved, _ in seen) and seen[-1][0] == summary.documents == 40
     times = [seconds for *_, seconds in seen]
-    assert times == sorted(times) and times[0] > 0 and times[-1] <= summary.seconds < 60
+    assert times == sorted(times) and times[0] > 0 and times[-1] <= summary.seconds
     seen.clear()
     again = Options(block_bytes=200, save_seconds=1000, overwrite=True)
     preprocess([file], tmp_path / "out", Encoding(tokenizer.file), again, note)
@@ -182,7 +182,7 @@ def test_the_seconds_of_an_interrupted_run_count(tokenizer, tmp_path):
     summary = preprocess(
         [file], tmp_path / "out", Encoding(tokenizer.file), options, lambda each: seen.append(each.seconds)
     )
-    assert 1000 < seen[0] <= summary.seconds < 1060 and summary.documents == 40
+    assert 1000 < seen[0] <= summary.seconds < 1900 and summary.documents == 40
     assert [IndexedDataset(tmp_path / "out")[i].size > 0 for i in range(40)] == [True] * 40
 
 
