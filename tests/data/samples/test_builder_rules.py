@@ -213,9 +213,12 @@ def test_a_split_divides_documents_or_sequences(sequences, tmp_path, data, spans
     made = config({"path": sequences.prefix, "split": "5,3,2", **data}, tmp_path)
     found = documents_of_parts(made)
     assert list(found) == ["train", "validation", "test"] and [span for [(_, span)] in found.values()] == spans
-    if data.get("packing"):
-        return
     parts = build_datasets(made, {"train": 5, "validation": 5, "test": 5})
+    if data.get("packing"):
+        for dataset, span in zip(parts.values(), spans, strict=True):
+            pieces = [piece for i in range(len(dataset)) for piece in dataset.slices(i)]
+            assert {piece.document for piece in pieces} == set(range(*span))
+        return
     first = 0
     for part, count in zip(("train", "validation", "test"), tokens, strict=True):
         seen = np.unique(np.concatenate([parts[part][i].tokens for i in range(min(len(parts[part]), 40))]))
