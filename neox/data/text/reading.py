@@ -277,7 +277,7 @@ def _line_chunks(path: str, chunks: Iterable[bytes], block_bytes: int, longest: 
                 lines_end = len(parts) - 1, end
             if size < block_bytes:
                 continue
-            # lines of an earlier part are kept until a line ends, unless the line after them is too long
+            # lines of an earlier part wait until a line ends, unless the line after them is too long
             if lines_end is not None and (end or size > longest):
                 part, end = lines_end
                 content = b"".join([*parts[:part], parts[part][:end]])

@@ -154,7 +154,7 @@ def make_text(prefix: Path, tokenizer) -> IndexedDataset:
     return IndexedDataset(prefix)
 
 
-def test_what_a_run_says_about_its_packing(corpus, make_dataset, tmp_path):
+def test_what_a_run_logs_about_its_packing(corpus, make_dataset, tmp_path):
     other = make_dataset([[1] * 20, [2] * 9], "other")
     sources = {"train": [corpus.prefix, other.prefix], "validation": [other.prefix]}
     made = build_datasets(config({**sources, "packing": "best_fit"}, tmp_path), {"train": 4, "validation": 4})

@@ -229,7 +229,7 @@ def test_settings_are_compared_where_both_are_known(before, now, changed):
         ("ab", "cb", {1: 1}),
         ("aa", "aa", {0: 0, 1: 1}),
         ("aa", "a", {0: 0}),
-        ("ba", "aa", {1: 1}),  # the same place if possible
+        ("ba", "aa", {1: 1}),  # the same number if possible
         ("a", "ba", {0: 1}),
         ("a", "", {}),
     ],
@@ -249,7 +249,7 @@ def got(before: Cursor, now: Cursor, consumed: int, *validation: Source) -> str:
     return str(problem.value.got)
 
 
-def test_the_blend_of_the_same_shares_goes_on():
+def test_the_blend_of_the_same_shares_continues():
     phases = (BlendPhase(0, (0.5, 0.5), (0, 0)), BlendPhase(10, (0.75, 0.25), (5, 5)))
     before = cursor(named("a"), named("b"), phases=phases)
     now = cursor(named("a", weight=6.0), named("b", weight=2.0))
@@ -257,7 +257,7 @@ def test_the_blend_of_the_same_shares_goes_on():
     assert continued(before, cursor(named("a"), named("c")), 0) == Continuation((BlendPhase(0, (0.5, 0.5), (0, 0)),))
 
 
-def test_phases_are_kept_up_to_the_checkpoint():
+def test_phases_up_to_the_checkpoint_stay():
     """Those that begin at it or later have no samples; added sources have none in earlier ones."""
     first, second = BlendPhase(0, (0.5, 0.5), (0, 0)), BlendPhase(40, (0.75, 0.25), (20, 20))
     before = cursor(named("a"), named("b"), phases=(first, second))

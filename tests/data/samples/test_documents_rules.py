@@ -158,7 +158,7 @@ def test_a_document_of_two_tokens_is_enough(make_dataset):
     ],
 )
 def test_documents_are_cut_so_that_each_token_is_a_target_once(make_dataset, sizes, pieces):
-    """Samples of five tokens. The order of the pieces is that of the packing."""
+    """Samples of five tokens. The order of the segments is that of the packing."""
     dataset = make_dataset([list(range(size)) for size in sizes])
     firsts, lengths, starts = pack_documents(dataset, (0, len(sizes)), 4)
     assert sorted(zip(firsts.tolist(), lengths.tolist(), strict=True)) == pieces
@@ -175,7 +175,7 @@ def test_what_is_learned_of_segments():
     assert segments.tolist() == [0, 0, 1, 1, -1, -1] and tokens.tolist() == list(range(10, 16))  # as they were
 
 
-def test_places_and_padding_of_a_packed_sample(make_dataset):
+def test_locations_and_padding_of_a_packed_sample(make_dataset):
     packed = PackedDataset(make_dataset([[9] * 3, [1, 2, 3], [4, 5]]), (1, 3), 6, 1)
     where = [packed.describe(0, token) for token in range(7)]
     corpus = packed.dataset.bin_path
@@ -271,7 +271,7 @@ def test_a_blend_gives_the_samples_of_its_parts(corpus, make_dataset, kind):
         assert (blend.seq_length, blend.document_mask) == (16, True)
 
 
-def test_blocks_of_a_blend_are_kept_two_at_a_time(monkeypatch):
+def test_two_blocks_of_a_blend_are_retained(monkeypatch):
     monkeypatch.setattr(Blend, "BLOCK", 8)
     blend, whole = Blend([0.3, 0.7]), core.blend(normalise_weights([0.3, 0.7]), 0, 60, np.zeros(2, dtype=np.int64))
     for index in (50, 3, 20, 59, 0, 7, 8, 15, 16):

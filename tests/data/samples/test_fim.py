@@ -369,7 +369,7 @@ def test_the_suffix_makes_room_to_its_last_token(tokenizer, spm, over):
     names = [tokenizer.token_id(token) for token in SENTINELS[:3]]
     ids = np.array([*tokenizer.encode(text), tokenizer.eod_id])
     for kept in range(sizes[2], -1, -1):
-        room = sizes[0] + sizes[1] + kept + 3 + 1  # the end-of-document token keeps its place
+        room = sizes[0] + sizes[1] + kept + 3 + 1  # the end-of-document token stays last
         out = fim.document(ids, room, Cuts(4, 9)).tolist()
         suffix = tokenizer.encode(tail)[:kept]
         first, second = tokenizer.encode(head), tokenizer.encode(middle)

@@ -352,7 +352,7 @@ def test_the_order_of_epochs_is_pinned(corpus):
     assert first(documents=(0, 100)) == [849, 921, 25, 417]
 
 
-def test_a_place_is_that_in_the_dataset_and_not_in_the_range(make_dataset):
+def test_a_location_is_that_in_the_dataset_and_not_in_the_range(make_dataset):
     corpus = make_dataset([np.arange(d * 20, d * 20 + d) for d in range(20)])  # document d begins with 20 d
     dataset = EpochDataset(corpus, (8, 20), 16, seed=1)
     for i in range(len(dataset)):

@@ -1,4 +1,4 @@
-"""The spans of a run between changes of its config, and what metrics.jsonl says of its steps."""
+"""The spans of a run between changes of its config, and the steps in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_an_accepted_change_of_the_data_is_looked_up_too(sources, tmp_path):
                 data.batch_of(4, BatchLayout(4, 1))
 
 
-def test_samples_of_a_step_have_a_place_in_the_batch(sources, tmp_path):
+def test_samples_of_a_step_have_a_row_of_the_batch(sources, tmp_path):
     config = config_of(tmp_path / "run", {"train": [sources[0]]})
     data = leave(tmp_path / "run", config, [(1, 8, 8), (2, 16, 16)])
     rows = data.batch_of(2, BatchLayout(2, 2))

@@ -135,7 +135,7 @@ def test_a_dataset_that_cannot_be_finished_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_in_the_place_of_the_sidecar_is_a_disk_error(tmp_path):
+def test_a_folder_under_the_name_of_the_sidecar_is_a_disk_error(tmp_path):
     path = tmp_path / "d.json"
     with (
         pytest.raises(DiskError, match=r"cannot replace sidecar; where=.*d\.json; got=Is a directory"),

@@ -183,7 +183,7 @@ def test_a_template_is_rendered_again_from_the_start():
     assert template.marks_answers and not Template("{% call(x) f() %}{% endcall %}", {}).marks_answers
 
 
-def test_a_text_has_at_most_so_many_characters():
+def test_a_text_has_a_limit_of_characters():
     template = Template("ab{{ messages[0].role }}", {})
     assert template.render(TALK, {}, most=8)[0] == "absystem"
     for render in (template.render, template.render_with_answers):

@@ -154,7 +154,7 @@ def test_arrays_are_joined_in_order():
     assert empty.size == 0 and empty.dtype == np.int32
 
 
-def test_the_place_that_is_compared_moves_through_the_chunk():
+def test_the_slice_that_is_compared_moves_through_the_chunk():
     """A prime times the number of the block, within the chunk: every document has its turn."""
     texts = [chr(97 + i) * 10 for i in range(20)]
     chunk = lines_of(texts)

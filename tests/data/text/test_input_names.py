@@ -80,7 +80,7 @@ def test_json_lines_or_one_document(name, start, lines):
         (b' {"a": 1}', True, False),
     ],
 )
-def test_what_looks_like_an_object(line, complete, found):
+def test_what_seems_to_be_an_object(line, complete, found):
     assert looks_like_an_object(line, complete) is found
 
 
@@ -258,7 +258,7 @@ def test_nothing_is_reported_if_all_is_read(tmp_path, caplog):
         ),
     ],
 )
-def test_a_folder_without_input_says_what_it_has(tmp_path, names, got, do):
+def test_the_files_of_a_folder_without_input_are_counted(tmp_path, names, got, do):
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
     for name in ("a.txt", "b.md"):

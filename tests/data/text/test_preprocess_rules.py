@@ -52,7 +52,7 @@ class Result:
 
 
 @pytest.mark.parametrize(("ahead", "waiting"), [(0, 1), (1, 2), (3, 4), (99, 5)])
-def test_results_come_in_order_with_so_many_in_flight(ahead, waiting):
+def test_results_come_in_order_with_a_limit_in_flight(ahead, waiting):
     log: list[str] = []
     assert list(in_order((Result(number, log) for number in range(5)), ahead)) == list(range(5))
     taken = [entry for entry in log if entry.startswith("take")]

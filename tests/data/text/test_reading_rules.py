@@ -87,8 +87,8 @@ def test_lines_after_one_that_is_too_long_keep_their_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("size", [100, 101])
-def test_lines_that_are_read_together_with_the_start_of_a_long_one_are_kept(tmp_path, size):
-    """The reads of compressed data are smaller than a block: here one for each member of the file."""
+def test_lines_that_are_read_together_with_the_start_of_a_long_one_stay(tmp_path, size):
+    """A compressed file is read in parts smaller than a block: here each is a member of the file."""
     path = tmp_path / "a.jsonl.gz"
     members = (lines(3, 4) + b"L" * 5, b"L" * 70, b"L" * (size - 75), b"\n" + lines(5))
     path.write_bytes(b"".join(map(gzip.compress, members)))

@@ -182,7 +182,7 @@ def test_sizes_and_tokens_that_cannot_be_trained(tmp_path, options, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_texts_without_a_character_are_no_text(tmp_path):
+def test_texts_without_a_character_train_nothing(tmp_path):
     with pytest.raises(DataError, match="no text to train a tokenizer on"):
         train_tokenizer(iter(["", ""]), 300, tmp_path / "t.json")
     assert not list(tmp_path.iterdir())
