@@ -4,9 +4,12 @@ fails.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -148,3 +151,169 @@ def test_a_port_that_is_taken_is_named():
 )
 def test_what_is_no_notice(text):
     assert read_notice(text) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "valid"),
+    [
+        ({}, True),
+        ({"extra": 1}, True),
+        ({"code": "2"}, False),
+        ({"code": 2.0}, False),
+        ({"rank": True}, False),
+        ({"rank": None}, False),
+        ({"line": None}, False),
+        ({"time": 1}, False),
+    ],
+)
+def test_a_notice_has_a_line_two_numbers_and_a_time(change, valid):
+    notice = {**make_notice(1, 2, "error[2] x"), **change}
+    assert read_notice(json.dumps(notice)) == read_notice(json.dumps(notice).encode()) == (notice if valid else None)
+    for key in ("line", "code", "rank", "time"):
+        assert read_notice(json.dumps({name: value for name, value in notice.items() if name != key})) is None
+
+
+def test_a_notice_says_whose_it_is_and_when_it_was_made():
+    begin = time.time()
+    notice = make_notice(3, 14, "error[14] y")
+    assert begin <= notice.pop("time") <= time.time()
+    assert notice == {"rank": 3, "code": 14, "line": "error[14] y", "process": f"{socket.gethostname()} {os.getpid()}"}
+
+
+class Answering:
+    """A program that answers the first connection with parts of bytes; notes whether the other side closes it."""
+
+    def __init__(self, *parts: bytes):
+        self.parts, self.closed = parts, None
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.thread = threading.Thread(target=self.serve)
+
+    def serve(self) -> None:
+        connection, _ = self.listener.accept()
+        with connection:
+            connection.settimeout(10)
+            connection.recv(64)
+            for part in self.parts:
+                connection.sendall(part)
+                time.sleep(0.02)
+            if self.parts[-1:] != (b"HTTP/1.1 400\r\n",):
+                connection.shutdown(socket.SHUT_WR)
+            try:
+                self.closed = connection.recv(64) == b""
+            except OSError as error:  # a reset, if the other side has not read everything
+                self.closed = not isinstance(error, TimeoutError)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.thread.join()
+        self.listener.close()
+
+
+def test_a_notice_that_comes_in_parts_is_read_to_its_end():
+    notice = make_notice(0, 2, "error[2] " + "long " * 20_000)
+    text = wire.NOTICE + json.dumps(notice).encode()
+    with Answering(text[:2], text[2:9], text[9:50_000], text[50_000:]) as rank_0, pytest.raises(RefusalNotice) as told:
+        StoreConnection(at(rank_0.port))
+    assert told.value.notice == notice and rank_0.closed
+
+
+def test_a_connection_to_another_program_is_closed():
+    with Answering(b"HTTP/1.1 400\r\n") as other:
+        with pytest.raises(NotAStore, match="another program answers"):
+            StoreConnection(at(other.port))
+        other.thread.join()
+        assert other.closed
+
+
+def test_an_answer_of_any_size_up_to_the_limit_is_read(store, monkeypatch):
+    monkeypatch.setattr(wire, "MAX_ANSWER", 1000)
+    theirs = dist.PrefixStore(wire.PREFIX, store)
+    theirs.set("empty", "")
+    theirs.set("largest", b"x" * 1000)
+    theirs.set("too large", b"x" * 1001)
+    with StoreConnection(at(store.port)) as connection:
+        assert connection.socket.gettimeout() == wire.ANSWER_SECONDS
+        assert connection.get("empty") == b""
+        assert connection.get("largest") == b"x" * 1000
+        with pytest.raises(NotAStore, match="1001 bytes"):
+            connection.get("too large")
+    assert connection.socket.fileno() == -1
+
+
+def test_a_process_under_an_agent_gives_rank_0_time_to_report_the_same_error(store):
+    line = "error[2] unknown key"
+    first = dist.PrefixStore(wire.PREFIX, store)
+    timer = threading.Timer(0.15, first.set, (wire.REFUSED, json.dumps(make_notice(0, 2, line))))
+    timer.start()
+    assert post_refusal(at(store.port, agent_store=True), make_notice(1, 2, line), 10.0) is True
+    timer.join()
+
+
+def test_who_serves_the_store_itself_and_who_is_told_to_stop_does_not_wait(store, monkeypatch):
+    monkeypatch.setattr(wire.time, "sleep", lambda seconds: pytest.fail("waits"))
+    notice = make_notice(1, 2, "error[2] unknown key")
+    assert post_refusal(at(store.port), notice, 60.0) is False  # without an agent, the store is that of rank 0
+    assert post_refusal(at(store.port, 0, agent_store=True), make_notice(0, 2, "x"), 60.0) is False
+    assert post_refusal(at(free_port()), notice, 60.0, lambda: True) is None
+
+
+def test_a_connection_that_says_nothing_was_not_answered():
+    """A port scan, or a health check."""
+    port, told = free_port(), []
+    notice = make_notice(0, 2, "error[2] x")
+    thread = threading.Thread(target=lambda: told.append(serve_refusal(at(port, rank=0), notice, 60.0)))
+    thread.start()
+    for _ in range(1000):
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+    with pytest.raises(RefusalNotice):
+        StoreConnection(at(port))
+    thread.join(60)
+    assert told == [1]
+
+
+def test_a_port_that_becomes_free_in_time_is_used():
+    other = socket.create_server(("127.0.0.1", 0))
+    timer = threading.Timer(0.15, other.close)
+    timer.start()
+    with listen(at(other.getsockname()[1], rank=0), retry=30.0) as listener:
+        assert listener.getsockname()[1] > 0
+    timer.join()
+
+
+@pytest.mark.parametrize(
+    ("dual", "problem", "families"),
+    [
+        (True, None, ["AF_INET6"]),
+        (False, None, ["AF_INET"]),
+        (True, errno.EAFNOSUPPORT, ["AF_INET6", "AF_INET"]),
+        (True, errno.EADDRINUSE, ["AF_INET6"]),
+        (True, errno.EACCES, ["AF_INET6"]),
+    ],
+)
+def test_a_host_without_ipv6_listens_on_ipv4(monkeypatch, dual, problem, families):
+    """A port in use is not tried again there: another job may have it."""
+    tried = []
+
+    def create_server(address, *, family, **options):
+        tried.append(family.name)
+        assert address == ("", 7) and options.get("dualstack_ipv6", False) == (family == socket.AF_INET6)
+        if problem is not None and family == socket.AF_INET6:
+            raise OSError(problem, "refused")
+        return "listener"
+
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: dual)
+    monkeypatch.setattr(socket, "create_server", create_server)
+    if problem in (errno.EADDRINUSE, errno.EACCES):
+        with pytest.raises(OSError, match="refused"):
+            wire.bind(7)
+    else:
+        assert wire.bind(7) == "listener"
+    assert tried == families

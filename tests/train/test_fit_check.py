@@ -141,6 +141,22 @@ def test_the_fullest_host_counts_with_all_of_its_processes(monkeypatch, have, ro
         assert room == Room(need, *expected[1:])
 
 
+def test_processes_of_a_host_have_their_place_in_common(monkeypatch):
+    places = []
+
+    def all_gather(out, row):
+        places.append(float(row[0, 0]))
+        for each in out:
+            each.copy_(row)
+
+    monkeypatch.setattr("torch.distributed.all_gather", all_gather)
+    with_memory(monkeypatch, 1e15)
+    for host, rank in (("a", 0), ("a", 3), ("b", 1)):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        assert measure_room(config(), Mesh(dp=4, rank=rank)).processes == 4
+    assert places[0] == places[1] != places[2]
+
+
 def best_of(advised: str, kind: str = "cpu") -> tuple[float, float]:
     """Planned bytes of the micro-batch size that an error proposes, and of the next one."""
     micro = int(advised.partition("train.micro_batch_size=")[2].partition(",")[0])

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,3 +176,127 @@ def grow(action: str) -> None:
 @pytest.mark.parametrize("action", ["asked", "by itself"])
 def test_the_peak_is_counted_from_its_start(action, tmp_path):
     assert in_a_process(grow, tmp_path, action)[0] == pytest.approx(96 << 20, abs=4 << 20)
+
+
+def memory_files(root: Path, groups: str, available: int = 1000, swap: int = 24) -> None:
+    """/proc of a host with so many kB available."""
+    (root / "proc/self").mkdir(parents=True)
+    free = f"MemTotal: 99999 kB\nMemFree: 7 kB\nMemAvailable: {available} kB\nSwapTotal: 99 kB\nSwapFree: {swap} kB\n"
+    (root / "proc/meminfo").write_text(free)
+    (root / "proc/self/cgroup").write_text(groups)
+
+
+def control_group(folder: Path, names: tuple[str, str, str], limit: object, usage: int, cache: int) -> None:
+    """A control group; `names` are its files of limit and usage, and the key of its cached pages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(f"cache 999999\n{names[2]} {cache}\n")
+
+
+OLD = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+NEW = ("memory.max", "memory.current", "inactive_file")
+
+
+@pytest.mark.parametrize(
+    ("groups", "controllers", "room"),
+    [
+        ("9:memory:/job\n0::/\n", {"memory/job": (OLD, 9000, 5000, 300)}, 4300),
+        ("9:cpu,memory:/job\n", {"memory/job": (OLD, 9000, 5000, 300)}, 4300),
+        ("9:cpu:/job\n4:memory:/other\n", {"memory/job": (OLD, 9000, 5000, 300)}, 1024 * 1024),
+        ("9:memory:/job/step\n", {"memory/job": (OLD, 9000, 5000, 300), "memory/job/step": (OLD, 8000, 1000, 0)}, 4300),
+        ("9:memory:/\n", {"memory": (OLD, 9000, 8000, 0)}, 1000),  # a container sees its own group as the root
+        ("9:memory:/job\n", {"memory/job": (OLD, 1 << 63, 5000, 0)}, 1024 * 1024),  # no limit
+        ("0::/\n", {"": (NEW, 9000, 8000, 0)}, 1000),
+        ("0::/a/b\n", {"a": (NEW, "max", 5, 0), "a/b": (NEW, 9000, 8000, 500)}, 1500),
+        ("0::/a/b\n", {"a": (NEW, 7000, 6000, 1), "a/b": (NEW, 9000, 1000, 0)}, 1001),
+        ("0::/a\n", {"a": (NEW, 9000, 10000, 500)}, 0),  # over its limit
+        ("9:memory:/a\n0::/b\n", {"memory/a": (OLD, 9000, 5000, 0), "b": (NEW, 9000, 6000, 0)}, 3000),
+    ],
+)
+def test_what_control_groups_leave(tmp_path, groups, controllers, room):
+    memory_files(tmp_path, groups)
+    for name, values in controllers.items():
+        control_group(tmp_path / "sys/fs/cgroup" / name, *values)
+    assert module.available_bytes(tmp_path) == room
+
+
+def test_a_group_without_cached_pages_and_a_report_without_a_number(tmp_path):
+    memory_files(tmp_path, "0::/a\n")
+    control_group(tmp_path / "sys/fs/cgroup/a", ("memory.max", "memory.current", "none"), 9000, 8000, 0)
+    assert module.available_bytes(tmp_path) == 1000
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 99 kB\nMemAvailable: 50 kB\n")
+    assert module.available_bytes(tmp_path) is None
+
+
+def test_the_allocator_is_set_up_after_the_first_step_alone(monkeypatch):
+    calls = []
+    library = SimpleNamespace(malloc_trim=lambda pad: calls.append(("trim", pad)))
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: library)
+    for kept, expected in ((True, ["keep", ("trim", 0)]), (False, ["keep"])):
+        monkeypatch.setattr(module, "keep_freed_memory", lambda kept=kept: (calls.append("keep"), kept)[1])
+        memory = FreedMemory()
+        assert calls == []
+        for _ in range(20):
+            memory.after_step()
+        assert calls == expected
+        calls.clear()
+
+
+@pytest.mark.parametrize(
+    ("answers", "kept", "asked"),
+    [
+        ((1, 1, 1), True, [(-4, 0), (-1, -1), (-2, 64 << 20)]),
+        ((1, 0, 1), False, [(-4, 0), (-1, -1)]),
+        ((0, 1, 1), False, [(-4, 0)]),
+    ],
+)
+def test_what_the_allocator_is_asked_for(monkeypatch, answers, kept, asked):
+    """Numbers of glibc's malloc.h: M_MMAP_MAX is -4, M_TRIM_THRESHOLD -1, M_TOP_PAD -2; it answers 1 if it accepts."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    calls, left = [], iter(answers)
+    library = SimpleNamespace(mallopt=lambda *call: (calls.append(call), next(left))[1])
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: library)
+    assert keep_freed_memory() == kept
+    assert calls == asked
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert not keep_freed_memory() and in_use() is None  # another C library
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: pytest.fail("asked"))
+    assert not keep_freed_memory()
+
+
+def test_the_peak_of_a_gpu_is_what_torch_allocated_since_the_start(monkeypatch):
+    device, reset = torch.device("cuda", 2), []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    for name, value in (("memory_allocated", 100), ("max_memory_allocated", 700), ("max_memory_reserved", 900)):
+        monkeypatch.setattr(torch.cuda, name, lambda asked, value=value: value if asked == device else None)
+    peak = PeakMemory(device)
+    peak.poll()
+    assert (peak.peak_bytes(), peak.resident(), reset) == (600, 900, [device])
+
+
+def test_the_peak_of_a_cpu_is_the_largest_number_that_was_polled(monkeypatch):
+    now = [100]
+    monkeypatch.setattr(module, "in_use", lambda: now[0])
+    monkeypatch.setattr(PeakMemory, "INTERVAL", 60.0)
+    peak = PeakMemory(torch.device("cpu"))
+    for now[0], most in ((90, 0), (170, 70), (120, 70)):
+        peak.poll()
+        assert peak.peak_bytes() == most
+    peak.stop_polling()
+    monkeypatch.setattr(module, "in_use", lambda: None)
+    assert PeakMemory(torch.device("cpu")).peak_bytes() is None
+
+
+@LINUX
+def test_resident_memory_is_that_of_the_kernel():
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    resident, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    assert resident_bytes() == pytest.approx(resident, rel=0.1)
+    found = PeakMemory(torch.device("cpu"))
+    found.stop_polling()
+    found.resident_before = 1 << 20
+    assert found.resident() == pytest.approx(peak - (1 << 20), rel=0.02)
+    found.resident_before = 1 << 50
+    assert found.resident() == 0
