@@ -6,6 +6,8 @@ an NVTX range per step).
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,7 +100,10 @@ class StepProfiler(Observer):
             torch.cuda.profiler.stop()
         try:
             make_dirs(self.path.parent)
+            self.path.unlink(missing_ok=True)  # that of an earlier start
             profile.export_chrome_trace(str(self.path))
+            if not is_complete(self.path):
+                raise OSError("torch could not write all of it")
         except OSError as error:
             raise DiskError(
                 "the profile cannot be written",
@@ -107,3 +112,11 @@ class StepProfiler(Observer):
                 do="free space, or profile.start: 0",
             ) from error
         self.report(f"profile in {self.path}")
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a trace exists and ends as JSON does: torch prints some errors of the disk, and raises none."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 8, 0))
+        return file.read().rstrip().endswith(b"}")
+    return False

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 
+import pytest
 import torch
 
 from neox.config.schema import ProfileConfig
+from neox.errors import DiskError
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
 from neox.train.loop import train
@@ -66,3 +69,69 @@ def test_stacks_are_recorded_if_wanted(tmp_path):
         profiler = StepProfiler(ProfileConfig(start=1, steps=1, stacks=stacks), tmp_path, Mesh.single(), print)
         run_steps(profiler, range(1, 2))
         assert ("test_profiler.py" in profiler.path.read_text()) is stacks
+
+
+def test_a_start_inside_the_window_records_the_rest_of_it(tmp_path):
+    """And a start after it records nothing; every process has a file of its own."""
+    mesh, config = Mesh(dp=3, rank=2), ProfileConfig(start=3, steps=3)
+    late = StepProfiler(config, tmp_path, mesh, pytest.fail)
+    run_steps(late, range(6, 8))
+    late.close()
+    said = []
+    profiler = StepProfiler(config, tmp_path, mesh, said.append)
+    run_steps(profiler, range(4, 6))
+    assert said == [f"profile in {tmp_path / 'profile' / 'rank2.json'}"]
+    events = json.loads(profiler.path.read_text())["traceEvents"]
+    products = [event for event in events if event.get("name") == "aten::mm"]
+    assert len(products) == 2 and products[0]["args"]["Input Dims"][:2] == [[8, 8], [8, 8]]
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["rank2.json"]
+
+
+def test_allocations_are_recorded_if_wanted(tmp_path):
+    for memory in (False, True):
+        profiler = StepProfiler(ProfileConfig(start=1, steps=1, memory=memory), tmp_path, Mesh.single(), print)
+        run_steps(profiler, range(1, 2))
+        assert ('"[memory]"' in profiler.path.read_text()) is memory
+
+
+def test_each_phase_is_a_range_that_ends_with_the_next(tmp_path):
+    profiler = StepProfiler(ProfileConfig(start=1, steps=1), tmp_path, Mesh.single(), print)
+    run_steps(profiler, range(1, 2))
+    events = json.loads(profiler.path.read_text())["traceEvents"]
+    ranges = [event for event in events if event.get("cat") == "user_annotation"]
+    ranges = [event for event in ranges if event["name"] in ("batch", "forward", "record")]
+    assert [event["name"] for event in ranges] == ["batch", "forward", "record"]
+    (product,) = (event for event in events if event.get("name") == "aten::mm")
+    (_, forward, record) = ranges
+    assert forward["ts"] <= product["ts"] <= forward["ts"] + forward["dur"] <= record["ts"] + 1
+
+
+@pytest.mark.parametrize("steps", [range(2, 6), range(2, 4)])
+def test_on_a_gpu_the_window_is_marked_for_nsight(tmp_path, monkeypatch, steps):
+    calls = []
+    monkeypatch.setattr("torch.cuda.profiler.start", lambda: calls.append("start"))
+    monkeypatch.setattr("torch.cuda.profiler.stop", lambda: calls.append("stop"))
+    monkeypatch.setattr("torch.cuda.nvtx.range_push", calls.append)
+    monkeypatch.setattr("torch.cuda.nvtx.range_pop", lambda: calls.append("pop"))
+    profiler = StepProfiler(ProfileConfig(start=3, steps=2), tmp_path, Mesh.single("cuda"), print)
+    run_steps(profiler, steps)
+    profiler.close()
+    inside = [each for step in (3, 4) if step in steps for each in (f"step {step}", "pop")]
+    assert calls == ["start", *inside, "stop"]
+
+
+@pytest.mark.parametrize(("steps", "before"), [(1, None), (100, None), (100, "{}")])
+def test_a_trace_that_cannot_be_written_is_an_error_of_the_disk(tmp_path, steps, before):
+    """torch does not raise it: a small trace is cut short, a large one missing, or that of an earlier start."""
+    profiler = StepProfiler(ProfileConfig(start=1, steps=steps), tmp_path, Mesh.single(), pytest.fail)
+    if before is not None:
+        profiler.path.parent.mkdir()
+        profiler.path.write_text(before)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(DiskError, match=r"profile cannot be written; where=.*rank0.json; .*profile.start: 0"):
+            run_steps(profiler, range(1, steps + 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    profiler.close()  # once
