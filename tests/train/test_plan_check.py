@@ -106,9 +106,16 @@ def test_a_checkpoint_counts_if_memory_is_polled_while_it_is_saved(steps, phase,
     assert with_copies > without
 
 
-@pytest.mark.parametrize(("stage", "extra"), [(0, 0.0), (2, 0.0), (3, COMPILER)])
-def test_a_run_is_compared_with_its_plan_on_this_machine_at_the_measured_speed(stage, extra):
-    check = make_check(f"zero.stage={stage}")
+@pytest.mark.parametrize(
+    ("keys", "extra"),
+    [
+        (("zero.stage=0", "precision.dtype=fp32"), 0.0),
+        (("zero.stage=2", "precision.dtype=bf16"), 0.0),
+        (("zero.stage=3", "precision.dtype=bf16"), COMPILER),
+    ],
+)
+def test_a_run_is_compared_with_its_plan_on_this_machine_at_the_measured_speed(keys, extra):
+    check = make_check(*keys)
     check.note_save()
     expected = estimate(check.config, 1, dataclasses.replace(cpu(1), flops=3e12, flops_fp32=3e12))
     found = check.compare(3e12)

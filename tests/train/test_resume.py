@@ -7,16 +7,19 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from neox.checkpoint.reader import Checkpoint
-from neox.errors import CheckpointError, ConfigError, NeoxError, StoppedBySignal
+from neox.config.values import to_builtins
+from neox.data.samples.cursor import Cursor, SavedCursor
+from neox.errors import CheckpointError, ConfigError, ModelMismatch, NeoxError, StoppedBySignal
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
 from neox.train import loop
 from neox.train.loop import train
-from neox.train.resume import derived
+from neox.train.resume import Resumed, derived, describe_changes, model_changes, naming_changes
 from neox.train.run_dir import WITNESS
 from tests.train.corpus import make_config, records
 
@@ -233,3 +236,114 @@ def test_the_lock_is_written_by_accepted_starts_alone(run, corpus, monkeypatch):
     monkeypatch.setattr(loop, "run", lambda training: seen.append((run / "config.lock.yml").read_text()))
     start(corpus, run, "train.train_iters=9")
     assert "train_iters: 6" in before and "train_iters: 9" in seen[0]
+
+
+def resumed_of(config, updates: int = 6, **changes) -> Resumed:
+    """The checkpoint of step 6 of a run of two processes."""
+    state = {"data": {}, "updates": updates, "consumed": 48}
+    return Resumed(
+        **{
+            "path": Path("/c/step_6"),
+            "step": 6,
+            "state": state,
+            "config": config,
+            "problem": None,
+            "world_size": 2,
+            **changes,
+        }
+    )
+
+
+BEGINNING = "resumed from /c/step_6 at step 6"
+BATCH = "(follows from the other batch sizes and the number of processes)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "lines"),
+    [
+        ((), 2, []),
+        (("run.dir=/elsewhere", "checkpoint.resume=must", "checkpoint.accept_data_change=true"), 2, []),
+        (
+            ("model.rotary_pct=0.5", "data.document_mask=false"),
+            2,
+            ["model.rotary_pct: 0.25 -> 0.5", "data.document_mask: true -> false"],
+        ),
+        (
+            ("train.global_batch_size=null",),
+            2,
+            ["train.global_batch_size: 8 -> null", f"train.gradient_accumulation: 2 -> 1 {BATCH}"],
+        ),
+        (
+            (),
+            4,
+            [
+                f"train.gradient_accumulation: 2 -> 1 {BATCH}",
+                "data-parallel size: 2 -> 4 (follows from the number of processes)",
+            ],
+        ),
+        (("optimizer.lr=0.006",), 2, ["optimizer.lr: 0.003 -> 0.006", "learning rate of step 7: 0.003 -> 0.006"]),
+        (("schedule.decay_iters=20",), 2, ["schedule.decay_iters: null -> 20"]),
+        (
+            ("train.train_iters=30",),
+            2,
+            ["train.train_iters: 20 -> 30", "schedule.decay_iters: 20 -> 30 (follows from train.train_iters)"],
+        ),
+        (
+            ("train.train_iters=30", "schedule.decay_iters=20"),
+            2,
+            ["train.train_iters: 20 -> 30", "schedule.decay_iters: null -> 20"],
+        ),
+    ],
+)
+def test_which_changes_a_resume_reports(corpus, tmp_path, changes, world_size, lines):
+    """Where a rate is constant, its schedule may change and the next step has the same one."""
+    constant = ("schedule.type=constant", "schedule.min_lr=0.0")
+    before, after = (make_config(corpus, tmp_path, *constant, *each) for each in ((), changes))
+    found = describe_changes(resumed_of(before), after, world_size)
+    assert found[0] == BEGINNING and sorted(found[1:]) == sorted(lines)
+
+
+def test_the_rate_of_the_next_step_is_compared_after_the_updates_that_were_made(corpus, tmp_path):
+    """A skipped update does not advance GPT-NeoX's schedule, of 10 steps of warm-up here."""
+    neox = ("schedule.rule=gpt_neox", "schedule.type=linear")
+    before = make_config(corpus, tmp_path, *neox, "schedule.warmup_iters=10")
+    after = make_config(corpus, tmp_path, *neox, "schedule.warmup_iters=5")
+    *_, line = describe_changes(resumed_of(before, updates=4), after, 2)
+    assert line == f"learning rate of step 7: {0.003 * 4 / 10:.6g} -> {0.003 * 4 / 5:.6g}"
+    native = [make_config(corpus, tmp_path, f"schedule.warmup_iters={warmup}") for warmup in (10, 8)]
+    *_, line = describe_changes(resumed_of(native[0], updates=4), native[1], 2)
+    assert line == f"learning rate of step 7: {0.003 * 7 / 10:.6g} -> {0.003 * 7 / 8:.6g}"
+
+
+def test_what_a_resume_knows_of_its_data(corpus, tmp_path):
+    config = make_config(corpus, tmp_path)
+    known = Cursor.of_config(config)
+    saved = resumed_of(None, state={"data": known.to_json(), "consumed": 48}).saved_data(True)
+    assert saved == SavedCursor("/c/step_6", 48, known, True)
+    old = resumed_of(config, state={"consumed": 40})
+    assert old.saved_data(False) == SavedCursor("/c/step_6", 40, known, False) and old.consumed == 40
+    unreadable = resumed_of(None, state={"consumed": 40}, problem="unknown key, model.x")
+    assert unreadable.saved_data(False) is None
+    lines = describe_changes(unreadable, config, 2)
+    assert len(lines) == 3 and lines[0] == BEGINNING and "does not record its data" in lines[1]
+    assert "cannot be read by this version (unknown key, model.x)" in lines[2]
+
+
+def test_a_model_that_does_not_fit_is_explained_by_its_changed_keys(corpus, tmp_path):
+    config = make_config(corpus, tmp_path)
+    before = {**to_builtins(config.model), "num_layers": 3, "tie_embeddings": None, "gone": 1}
+    del before["hidden_size"]
+    changes = model_changes(SimpleNamespace(model_config=before), config)
+    assert "model.num_layers: 3 -> 2" in changes and len(changes) == 1 + ("tie_embeddings" in to_builtins(config.model))
+    for named, got in ((["a: 1 -> 2", "b: 3 -> 4"], "x; a: 1 -> 2, b: 3 -> 4"), ([], "x")):
+        with pytest.raises(ModelMismatch) as problem, naming_changes(named):
+            raise ModelMismatch("shapes differ", where="w", got="x", do="y")
+        assert (problem.value.what, problem.value.where, problem.value.got, problem.value.do) == (
+            "shapes differ",
+            "w",
+            got,
+            "y",
+        )
+    with pytest.raises(CheckpointError) as other, naming_changes(["a: 1 -> 2"]):
+        raise CheckpointError("damaged", got="x")
+    assert other.value.got == "x"
