@@ -11,15 +11,16 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
-from neox.errors import EnvironmentProblem, HangError, NeoxError
+from neox.errors import EnvironmentProblem, HangError, NeoxError, PeerLost
 from neox.runtime import rendezvous as module
 from neox.runtime.launch import LaunchInfo
 from neox.runtime.rendezvous import Member, PeerRefused, Waiting, claim_rank, client, spans
-from neox.runtime.store_protocol import REFUSED, make_notice, serve_refusal
+from neox.runtime.store_protocol import REFUSED, make_notice, process_name, serve_refusal
 from tests.distributed import free_port
 
 
@@ -267,3 +268,111 @@ def test_no_limit_is_no_end():
     waiting.check([1], quiet=True)
     with pytest.raises(NeoxError):
         Waiting(LaunchInfo(0, 0, 2), -1.0).check([1])
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test sets, and the sleeps."""
+    now, naps = [100.0], []
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=naps.append, time=time.time))
+    return now, naps
+
+
+def test_a_wait_is_reported_at_intervals_that_double_up_to_a_minute(clock, capfd):
+    now, naps = clock
+    waiting, printed = Waiting(LaunchInfo(0, 0, 5), 0.0), []
+    for second in range(300):
+        now[0] = 100.0 + second
+        waiting.check([1, 3, 4], "still")
+        printed += [second] if capfd.readouterr().err else []
+    assert printed == [6, 17, 38, 79, 140, 201, 262]
+    quiet = Waiting(LaunchInfo(0, 0, 5), 0.0)
+    now[0] += 5.0
+    quiet.check([1])
+    now[0] += 1.0
+    quiet.check([1], quiet=True)
+    assert capfd.readouterr().err == ""
+    quiet.check([1], "why")
+    assert capfd.readouterr().err == "rank 0 waits: rank 1 of 5 has not joined after 6 s (why)\n"
+    for seconds in (1.9, 2.1):
+        quiet.begin = now[0] - seconds
+        quiet.sleep()
+    assert naps == [0.02, 0.2]
+
+
+def test_the_limit_ends_the_wait_after_it_and_not_at_it(clock):
+    now, _ = clock
+    waiting = Waiting(LaunchInfo(2, 1, 5, "host", 7), 30.0)
+    now[0] += 30.0
+    waiting.check([1], quiet=True)
+    now[0] += 1.0
+    with pytest.raises(EnvironmentProblem) as problem:
+        waiting.check([0, 1, 4], "still", kind=EnvironmentProblem)
+    assert problem.value.what == "ranks 0-1, 4 of 5 have not joined"
+    assert (problem.value.where, problem.value.got) == ("rank 2, store at host:7", "waited 31 s, still")
+
+
+def make_member(rank: int = 1, *, agent_store: bool = False) -> Member:
+    launch = LaunchInfo(rank, rank, 3, "host", 7, "by hand", agent_store)
+    return Member(launch, dist.HashStore(), Waiting(launch, 60))
+
+
+@pytest.mark.parametrize(
+    ("change", "agent_store", "refused"),
+    [
+        ({"process": "another"}, False, True),
+        ({"process": "another"}, True, True),
+        ({"process": "own id"}, False, False),
+        ({"process": "own name"}, False, False),
+        ({"process": "another", "time": 1.0}, True, False),  # of an attempt before this process
+        ({"process": "another", "time": 1.0}, False, True),  # no store outlives its processes without an agent
+        ({"process": "another", "code": None}, False, False),
+    ],
+)
+def test_whose_refusal_ends_a_process(change, agent_store, refused):
+    member = make_member(agent_store=agent_store)
+    member.check_refused()
+    names = {"own id": member.id, "own name": process_name(), "another": "another"}
+    notice = {**make_notice(2, 3, "error[3] x"), **change, "process": names[change["process"]]}
+    member.store.set(REFUSED, json.dumps(notice))
+    if refused:
+        with pytest.raises(PeerRefused) as told:
+            member.check_refused()
+        assert (told.value.exit_code, told.value.notice) == (3, notice)
+    else:
+        member.check_refused()
+
+
+@pytest.mark.parametrize(("rank", "agent_store", "nap"), [(0, False, 1.0), (0, True, 0.0), (1, False, 0.0)])
+def test_the_process_of_the_store_gives_the_others_time_to_read_its_error(clock, rank, agent_store, nap):
+    member = make_member(rank, agent_store=agent_store)
+    member.post(HangError("rank 2 has not joined"))
+    notice = json.loads(member.store.get(REFUSED))
+    assert (notice["rank"], notice["code"], notice["line"]) == (rank, 12, "error[12] rank 2 has not joined")
+    assert notice["process"] == member.id and clock[1] == [nap]
+    member.check_refused()  # its own
+
+
+@pytest.mark.parametrize(
+    ("rank", "agent_store", "address"), [(0, False, "127.0.0.1"), (0, True, "far"), (1, False, "far"), (1, True, "far")]
+)
+def test_where_a_process_connects_to(monkeypatch, rank, agent_store, address):
+    monkeypatch.setattr(dist, "TCPStore", lambda *arguments, **options: (arguments, options))
+    arguments, options = client(LaunchInfo(rank, 0, 2, "far", 7, "", agent_store), module.STORE_TIMEOUT)
+    assert arguments == (address, 7, None, False)
+    assert options == {"wait_for_workers": False, "timeout": module.STORE_TIMEOUT}
+
+
+def test_a_store_that_exits_during_the_wait_is_a_lost_peer(monkeypatch):
+    class Exiting:
+        def __init__(self, launch, store, waiting):
+            pass
+
+        def follow(self):
+            raise RuntimeError("Connection reset by peer " + "x" * 200 + "\nand a trace")
+
+    monkeypatch.setattr(module, "open_store", lambda launch, waiting: dist.HashStore())
+    monkeypatch.setattr(module, "Member", Exiting)
+    with pytest.raises(PeerLost, match="rendezvous store was lost; where=rank 1, store at host:7") as problem:
+        claim_rank(LaunchInfo(1, 1, 2, "host", 7))
+    assert problem.value.got == "Connection reset by peer " + "x" * 95

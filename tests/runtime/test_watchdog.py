@@ -416,3 +416,55 @@ def test_the_store_is_watched_by_the_others(rank, limit, names):
     watchdog.closed.set()
     for thread in watchdog.threads:
         thread.join()
+
+
+def test_the_handshake_learns_which_process_the_store_is_in(quiet, monkeypatch):
+    met = []
+    monkeypatch.setattr(dist, "barrier", lambda: met.append("barrier"))
+    watchdog = quiet(1)
+    watchdog.store.set("beat/0", beat_of(0, host="far"))
+    watchdog.handshake()
+    assert (watchdog.host_of_store["host"], watchdog.host_of_store["step"], met) == ("far", 3, ["barrier"])
+    lost = quiet(1)
+    lost.store = ExitingStore(0)
+    with pytest.raises(PeerLost, match="the first process exited; where=rank 0 on first: last step 0; got=Connection"):
+        lost.handshake()
+
+
+def test_a_good_end_is_no_loss_to_those_who_leave_later(quiet, monkeypatch):
+    """All stop watching between two barriers, before any of them exits."""
+    watchdog, order = quiet(1), []
+    monkeypatch.setattr(dist, "barrier", lambda: order.append(("barrier", watchdog.closed.is_set())))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: order.append(("left", watchdog.closed.is_set())))
+    joined = []
+    watchdog.threads = [SimpleNamespace(join=joined.append)] * 2
+    watchdog.finish()
+    assert order == [("barrier", False), ("barrier", True), ("left", True)]
+    assert watchdog.heartbeat.phase == "end" and joined == [module.FAREWELL] * 2
+
+
+def test_a_process_that_is_ending_reports_nothing_more(quiet, capfd):
+    watchdog = quiet(1)
+    watchdog.closed.set()
+    watchdog.store.set("beat/2", beat_of(2, pid=1 << 22))
+    FailureChannel(watchdog.store, 0).post(3)
+    watchdog.poll()
+    watchdog.report_peer(PeerLost("x"))
+    assert watchdog.done == [] and capfd.readouterr().err == ""
+    assert watchdog.channel.posted()["code"] == 3
+
+
+def test_what_was_found_after_another_error_was_posted_is_not_printed(quiet, capfd):
+    watchdog = quiet(1)
+    FailureChannel(watchdog.store, 0).post(3)
+    watchdog.report_peer(PeerLost("in its wake"))
+    assert watchdog.done == ["leave 3"] and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "lost", "lost_a_process"),
+    [(13, {"rank": 2}, True), (13, None, False), (12, {"rank": 2}, False), (3, None, False)],
+)
+def test_who_cannot_acknowledge_an_error(code, lost, lost_a_process):
+    """One that has exited; one that is stopped is resumed first."""
+    assert module.has_lost_a_process({"rank": 0, "code": code, "id": 1, "thread": 1, "lost": lost}) == lost_a_process
