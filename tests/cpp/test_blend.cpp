@@ -158,6 +158,12 @@ void numbers_that_a_double_barely_holds() {
             expect_equal(ours, 1, 5000);
         }
     }
+    Blend many({});  // no count is large, the sample number is
+    for (int k = 1; k <= 16; ++k) {
+        many.weights.push_back(k / 136.0);
+        many.taken.push_back(static_cast<int64_t>(many.weights.back() * 0x1p53));
+    }
+    expect_equal(many, int64_t{1} << 53, 5000);
 }
 
 void many_datasets() {

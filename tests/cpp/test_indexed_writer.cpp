@@ -211,6 +211,11 @@ void refused_resumption() {
         writer.add_sequence(&token, 1);
         EXPECT_FAULT(writer.finish(), "last document was not ended");
     }
+    {
+        IndexedWriter writer(folder / "data", "uint8", kBlock);
+        write(writer, {{{1}, {2}}, {}});  // as many sequences as documents, though not one in each
+        EXPECT_FAULT(writer.sync(), "only documents of one sequence");
+    }
     EXPECT_EQ(folder.num_files(), 0u);
 }
 

@@ -245,6 +245,10 @@ void hostile_arrays() {
     EXPECT_FAULT(fill(sizes, {}, 4, 1), "documents have fewer tokens");
     EXPECT_FAULT(fill(sizes, {0, 1}, 0, 2), "seq_length must be positive");
     EXPECT_FAULT(fill(sizes, {0, 1}, INT64_MAX, 2), "documents have fewer tokens");
+    // the first sample whose first token is missing: token 12, and token 10
+    EXPECT_FAULT(fill(sizes, {0, 1}, 4, 5), "where=sample 3; got=; want=5 rows");
+    EXPECT_FAULT(fill(sizes, {0, 1}, 5, 3), "where=sample 2; got=; want=3 rows");
+    fill(sizes, {0, 1}, 5, 2);
     fill(sizes, {0, 1}, 4, 0);
 }
 

@@ -181,6 +181,13 @@ void added_tokens() {
         for (const uint32_t id : {0xCCu, 0x88u, 0xCCu, 0x81u, 1004u, 5000u, 1000u}) wanted.push_back(id);
     }
     EXPECT(encode({end}, true, text) == wanted);
+    // more ids than the text has bytes
+    text.clear(), wanted.clear();
+    for (int i = 0; i < 200'000; ++i) {
+        text += "\xCD\x84";
+        for (const uint32_t id : {0xCCu, 0x88u, 0xCCu, 0x81u}) wanted.push_back(id);
+    }
+    EXPECT(encode({}, true, text) == wanted);
 }
 
 // Words that are long, without a space, in parts that recur: their ids are those of the whole word.
