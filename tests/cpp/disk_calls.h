@@ -1,5 +1,6 @@
-// Records the calls by which a test's process changes the disk, and lets one of them fail. They are defined here, and
-// so found before those of libc: to be included by one file of an executable.
+// Records the calls by which a test's process changes the disk, and lets one of them fail; lets reads and writes be
+// interrupted and short. They are defined here, and so found before those of libc: to be included by one file of an
+// executable.
 #pragma once
 
 #include <fcntl.h>
@@ -18,8 +19,14 @@ struct DiskCalls {
     std::vector<std::string> seen;  // such as "fsync data.bin"; a renamed file has its new name
     size_t failing = SIZE_MAX;      // number of the call that fails
     int error = EIO;                // with this errno
+    size_t at_most = SIZE_MAX;      // bytes that one call reads or writes
+    bool interrupting = false;      // every second read or write
+    size_t reads_and_writes = 0;
 
-    void record(size_t fails = SIZE_MAX, int with = EIO) { *this = {true, {}, fails, with}; }
+    void record(size_t fails = SIZE_MAX, int with = EIO) {
+        *this = {};
+        recording = true, failing = fails, error = with;
+    }
     void stop() { recording = false; }
 
     // Whether these calls were made in this order, with others before, between and after them.
@@ -57,6 +64,14 @@ inline bool allowed(const std::string& kind, const std::string& path) {
     return false;
 }
 
+// Whether a read or write is interrupted, with errno set; else `count` becomes what it transfers.
+inline bool interrupted(size_t& count) {
+    if (!disk_calls.recording) return false;
+    count = std::min(count, disk_calls.at_most);
+    errno = EINTR;
+    return disk_calls.interrupting && ++disk_calls.reads_and_writes % 2 == 1;
+}
+
 }  // namespace data_test
 
 extern "C" {
@@ -70,8 +85,13 @@ int fdatasync(int descriptor) {
     return static_cast<int>(::syscall(SYS_fdatasync, descriptor));
 }
 ssize_t pwrite(int descriptor, const void* bytes, size_t count, off_t offset) {
+    if (data_test::interrupted(count)) return -1;
     if (!data_test::allowed("write", data_test::path_of(descriptor))) return -1;
     return ::syscall(SYS_pwrite64, descriptor, bytes, count, offset);
+}
+ssize_t pread(int descriptor, void* bytes, size_t count, off_t offset) {
+    if (data_test::interrupted(count)) return -1;
+    return ::syscall(SYS_pread64, descriptor, bytes, count, offset);
 }
 int rename(const char* from, const char* to) noexcept {
     if (!data_test::allowed("rename", to)) return -1;

@@ -132,6 +132,7 @@ void check_close(const TextEncoder& texts) {
     for (const auto& chunk : chunks) {
         done += chunk->stage == EncodedChunk::done && chunk->sizes.size() == 2'000;
         cancelled += chunk->stage == EncodedChunk::cancelled && chunk->count == 0;
+        EXPECT_EQ(threads.done(*chunk), chunk->stage == EncodedChunk::done);
     }
     EXPECT(done >= 1);
     EXPECT_EQ(done + cancelled, chunks.size());

@@ -261,6 +261,26 @@ void durability() {
     disk_calls.stop();
 }
 
+// A call that a signal ends, or that transfers less: it continues from there.
+void interrupted_and_short_calls() {
+    const Folder folder;
+    std::vector<uint8_t> content(100), back(100), part(40);
+    for (size_t i = 0; i < content.size(); ++i) content[i] = static_cast<uint8_t>(i);
+    disk_calls.record();
+    disk_calls.at_most = 7, disk_calls.interrupting = true;
+    OutputFile file(folder / "file.partial", 64);
+    file.write(content.data(), content.size());
+    file.flush();
+    file.read_at(back.data(), 40, 30);
+    file.publish(folder / "file");
+    InputFile(folder / "file").read_at(part.data(), 40, 50);
+    disk_calls.stop();
+    EXPECT(content_of(folder / "file") == content);
+    EXPECT(std::equal(back.begin(), back.begin() + 40, content.begin() + 30));
+    EXPECT(std::equal(part.begin(), part.end(), content.begin() + 50));
+    EXPECT_FAULT(file.read_at(back.data(), 2, 99), "cannot read back");
+}
+
 void folders_of_paths() {
     const Folder folder;
     const std::filesystem::path before = std::filesystem::current_path();
@@ -317,6 +337,7 @@ int main() {
     mode_of_a_new_file();
     resumed_files();
     durability();
+    interrupted_and_short_calls();
     folders_of_paths();
     removals();
     full_disk();

@@ -125,6 +125,8 @@ void cached_words() {
                 if (i >= 25) word.back() = static_cast<char>('g' + random() % 10);
                 words.push_back(word);
             }
+        for (size_t length = 13; length <= 26; ++length)  // that differ in their last letter
+            for (char last = 'a'; last <= 'z'; ++last) words.push_back(std::string(length - 1, 'x') + last);
         words.push_back(std::string("a\0", 2)), words.push_back("a"), words.push_back(std::string("!\0\0", 3));
         TextEncoder::State state;
         for (int round = 0; round < 3; ++round) {

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "data/xxh3.h"
+#include "disk_calls.h"
 #include "expect.h"
 
 using namespace data_test;
@@ -62,11 +63,37 @@ void parts() {
     }
 }
 
+// Parts of a file around what is read at a time, by calls that are interrupted and short, and past its end.
+void files() {
+    const Folder folder;
+    const std::vector<uint8_t> content = bytes_of(600'000);
+    put(folder / "file", content);
+    const int descriptor = ::open((folder / "file").c_str(), O_RDONLY);
+    for (const size_t count : {0, 1, 240, 241, 1024, 262'143, 262'144, 262'145, 524'288, 599'993})
+        for (const size_t at_most : {SIZE_MAX, size_t{100'001}}) {
+            std::vector<uint8_t> out(count);
+            disk_calls.record();
+            disk_calls.at_most = at_most, disk_calls.interrupting = at_most < SIZE_MAX;
+            const auto found = neox::data::read_xxh3(descriptor, 7, out.data(), count);
+            disk_calls.stop();
+            EXPECT_EQ(found.hash, xxh3(content.data() + 7, count));
+            EXPECT(found.bytes == count && found.error == 0);
+            EXPECT(std::equal(out.begin(), out.end(), content.begin() + 7));
+        }
+    std::vector<uint8_t> out(300'000);
+    const auto cut = neox::data::read_xxh3(descriptor, 400'000, out.data(), out.size());
+    EXPECT(cut.hash == 0 && cut.bytes == 200'000 && cut.error == 0);
+    ::close(descriptor);
+    const auto closed = neox::data::read_xxh3(descriptor, 0, out.data(), 1);
+    EXPECT(closed.hash == 0 && closed.bytes == 0 && closed.error == EBADF);
+}
+
 }  // namespace
 
 int main() {
     reference_digests();
     alignment_and_content();
     parts();
+    files();
     return tally.finish();
 }

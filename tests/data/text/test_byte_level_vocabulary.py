@@ -95,9 +95,10 @@ def test_ids_have_limits():
         assert encode(text, MERGES, {**VOCAB, token: largest}) == [largest]
         with pytest.raises(ValueError, match=rf"id {largest + 1} of a (merge|byte)"):
             encode(text, MERGES, {**VOCAB, token: largest + 1})
-    for token in ("a", "b"):  # as a side of a merge
-        with pytest.raises(ValueError, match=f"id {largest + 1} of a"):
-            encode("abc", ["a b"], {**VOCAB, token: largest + 1})
+    for merge in ("ab d", "a bd"):  # as a side of a merge
+        vocab = {**VOCAB, "bd": 500, "ab": 501, max(merge.split(), key=len): largest + 1}
+        with pytest.raises(ValueError, match=f"id {largest + 1} of a merge"):
+            encode("abc", [merge], vocab)
     assert encode("abc", MERGES, {**VOCAB, "zz": 2**32 - 1}) == [257]  # of no merge
     for number in (-1, 2**32):
         with pytest.raises(ValueError, match=f"id {number} of a token"):
