@@ -17,13 +17,18 @@ bool is_retained(int64_t row, int64_t col, int64_t cols, double p) {
            p * 4294967296.0;
 }
 
+// Elements past a 16-byte boundary.
+struct Offsets {
+    size_t x, residual, dy, bias;
+};
+
 template <class T>
-void check(int64_t rows, int64_t cols, int64_t gap, size_t offset, bool with_bias, double p, size_t bias_offset = 0) {
+void check(int64_t rows, int64_t cols, int64_t gap, const Offsets& offsets, bool with_bias, double p) {
     const auto count = static_cast<size_t>(rows * cols);
-    emu_test::Rows<T> x("x", rows, cols, gap, offset), residual("residual", rows, cols, 2 * gap, offset),
-        dy("dy", rows, cols, 3 * gap, offset);
-    Buffer<T> bias("bias", static_cast<size_t>(cols), Role::kCached, offset + bias_offset), y("y", count),
-        dx("dx", count), dbias("dbias", static_cast<size_t>(cols));
+    emu_test::Rows<T> x("x", rows, cols, gap, offsets.x), residual("residual", rows, cols, 2 * gap, offsets.residual),
+        dy("dy", rows, cols, 3 * gap, offsets.dy);
+    Buffer<T> bias("bias", static_cast<size_t>(cols), Role::kCached, offsets.bias), y("y", count), dx("dx", count),
+        dbias("dbias", static_cast<size_t>(cols));
     x.random(1), residual.random(2), dy.random(3), bias.random(4);
     Buffer<float> partial("partial", static_cast<size_t>(neox::bias_dropout_add_partials_cuda(rows, cols) * cols));
     const neox::Dropout dropout{p > 0 ? kSeed : nullptr, p};
@@ -58,16 +63,19 @@ void check(int64_t rows, int64_t cols, int64_t gap, size_t offset, bool with_bia
 void values() {
     emu_test::for_each_type([](auto zero) {
         using T = decltype(zero);
-        check<T>(1, 1, 0, 0, true, 0.3);
-        check<T>(5, 17, 3, 1, true, 0.3);
-        check<T>(9, 819, 0, 0, true, 0.5);
-        check<T>(77, 264, 8, 0, true, 0.1);  // full packs, strided rows, more rows than a block processes at a time
-        check<T>(37, 264, 0, 0, false, 0.3);
-        check<T>(5, 264, 3, 0, true, 0.1);  // rows of complete packs, strides that are not multiples of one
-        check<T>(37, 264, 0, 0, true, 0.0);
-        check<T>(5, 264, 0, 0, true, 0.1, 1);  // the bias alone is misaligned
-        check<T>(3, 33, 0, 0, true, 1.0);
-        check<T>(0, 16, 0, 0, true, 0.3);  // without rows, dbias is zero
+        check<T>(1, 1, 0, {0, 0, 0, 0}, true, 0.3);
+        check<T>(5, 17, 3, {1, 1, 1, 1}, true, 0.3);
+        check<T>(9, 819, 0, {0, 0, 0, 0}, true, 0.5);
+        check<T>(77, 264, 8, {0, 0, 0, 0}, true,
+                 0.1);  // full packs, strided rows, more rows than a block processes at a time
+        check<T>(37, 264, 0, {0, 0, 0, 0}, false, 0.3);
+        check<T>(5, 264, 3, {0, 0, 0, 0}, true, 0.1);  // rows of complete packs, strides that are not multiples of one
+        check<T>(37, 264, 0, {0, 0, 0, 0}, true, 0.0);
+        for (const Offsets& alone :
+             {Offsets{1, 0, 0, 0}, Offsets{0, 1, 0, 0}, Offsets{0, 0, 1, 0}, Offsets{0, 0, 0, 1}})
+            check<T>(5, 264, 8, alone, true, 0.1);  // one misaligned tensor
+        check<T>(3, 33, 0, {0, 0, 0, 0}, true, 1.0);
+        check<T>(0, 16, 0, {0, 0, 0, 0}, true, 0.3);  // without rows, dbias is zero
     });
 }
 

@@ -19,11 +19,16 @@ double slope(double u, Activation activation) {
     return (act(u + kStep, activation) - act(u - kStep, activation)) / (2 * kStep);
 }
 
+// Elements past a 16-byte boundary.
+struct Offsets {
+    size_t x, gate, dy;
+};
+
 template <class T>
-void check(Activation activation, int64_t rows, int64_t cols, int64_t gap, int64_t dy_gap, size_t offset) {
+void check(Activation activation, int64_t rows, int64_t cols, int64_t gap, int64_t dy_gap, const Offsets& offsets) {
     const auto count = static_cast<size_t>(rows * cols);
-    emu_test::Rows<T> x("x", rows, cols, gap, offset), gate("gate", rows, cols, 2 * gap, offset),
-        dy("dy", rows, cols, dy_gap, offset);
+    emu_test::Rows<T> x("x", rows, cols, gap, offsets.x), gate("gate", rows, cols, 2 * gap, offsets.gate),
+        dy("dy", rows, cols, dy_gap, offsets.dy);
     Buffer<T> y("y", count), dx("dx", count), dgate("dgate", count);
     x.random(1, 2.0f), gate.random(2), dy.random(3);
     const neox::Gated in{emu_test::dtype_of<T>(), activation, rows, cols, x.data(), x.stride, gate.data(), gate.stride};
@@ -47,16 +52,18 @@ void check(Activation activation, int64_t rows, int64_t cols, int64_t gap, int64
 void values() {
     emu_test::for_each_type([](auto zero) {
         using T = decltype(zero);
-        check<T>(Activation::kSilu, 1, 1, 0, 0, 0);
-        check<T>(Activation::kGelu, 5, 17, 3, 9, 1);
-        check<T>(Activation::kRelu, 5, 819, 0, 3, 1);
-        check<T>(Activation::kSilu, 37, 264, 8, 24, 0);  // full packs, strided rows
-        check<T>(Activation::kGelu, 8, 819, 0, 0, 0);    // full packs, because the rows are contiguous
-        check<T>(Activation::kRelu, 3, 264, 0, 0, 0);
+        check<T>(Activation::kSilu, 1, 1, 0, 0, {0, 0, 0});
+        check<T>(Activation::kGelu, 5, 17, 3, 9, {1, 1, 1});
+        check<T>(Activation::kRelu, 5, 819, 0, 3, {1, 1, 1});
+        check<T>(Activation::kSilu, 37, 264, 8, 24, {0, 0, 0});  // full packs, strided rows
+        check<T>(Activation::kGelu, 8, 819, 0, 0, {0, 0, 0});    // full packs, because the rows are contiguous
+        check<T>(Activation::kRelu, 3, 264, 0, 0, {0, 0, 0});
         // rows of complete packs, a stride that is not a multiple of one
-        check<T>(Activation::kRelu, 5, 264, 3, 8, 0);
-        check<T>(Activation::kRelu, 5, 264, 8, 3, 0);
-        check<T>(Activation::kRelu, 0, 16, 0, 0, 0);
+        check<T>(Activation::kRelu, 5, 264, 3, 8, {0, 0, 0});
+        check<T>(Activation::kRelu, 5, 264, 8, 3, {0, 0, 0});
+        for (const Offsets& alone : {Offsets{1, 0, 0}, Offsets{0, 1, 0}, Offsets{0, 0, 1}})
+            check<T>(Activation::kRelu, 5, 264, 8, 8, alone);  // one misaligned tensor
+        check<T>(Activation::kRelu, 0, 16, 0, 0, {0, 0, 0});
     });
 }
 

@@ -14,6 +14,8 @@ struct Shape {
     int64_t batch, seq, groups, heads, head_dim, rotary_dim;
     bool per_sequence, transposed;
     size_t offset;  // elements past a 16-byte boundary
+    int64_t group_gap = 0, seq_gap = 0, batch_gap = 0;
+    size_t cos_offset = 0, sin_offset = 0, y_offset = 0;
 };
 
 // The row of the tables, r entries, for a token.
@@ -48,14 +50,16 @@ std::vector<double> turned(const Shape& s, const T* x, const float* cos, const f
 // contiguous y.
 template <class T>
 void check(const Shape& s) {
-    const int64_t all = s.heads + 2, token = s.groups * all * s.head_dim;
-    const auto count = static_cast<size_t>(s.batch * s.seq * token),
+    const int64_t group = (s.heads + 2) * s.head_dim + s.group_gap, token = s.groups * group + s.seq_gap,
+                  batch = s.seq * token + s.batch_gap;
+    const auto count = static_cast<size_t>(s.batch * batch),
                turned_count = static_cast<size_t>(s.batch * s.seq * s.groups * s.heads * s.head_dim);
     const auto table_size = static_cast<size_t>((s.per_sequence ? s.batch : 1) * s.seq * s.rotary_dim);
-    Buffer<T> qkv("qkv", count, Role::kStream, s.offset), y("y", turned_count, Role::kStream, s.offset);
-    Buffer<float> cos("cos", table_size, Role::kCached), sin("sin", table_size, Role::kCached);
+    Buffer<T> qkv("qkv", count, Role::kStream, s.offset), y("y", turned_count, Role::kStream, s.offset + s.y_offset);
+    Buffer<float> cos("cos", table_size, Role::kCached, s.cos_offset),
+        sin("sin", table_size, Role::kCached, s.sin_offset);
     qkv.random(1), cos.random(2), sin.random(3);
-    const Heads packed{s.seq * token, token, all * s.head_dim, s.head_dim, s.groups, s.heads},
+    const Heads packed{batch, token, group, s.head_dim, s.groups, s.heads},
         plain{s.seq * s.groups * s.heads * s.head_dim,
               s.groups * s.heads * s.head_dim,
               s.heads * s.head_dim,
@@ -92,6 +96,13 @@ void values() {
         check<T>({2, 3, 2, 5, 128, 128, true, true, 0});
         check<T>({1, 3, 2, 2, 10, 8, false, false, 0});  // heads that are not aligned to packs of a half
         check<T>({1, 3, 1, 2, 64, 32, false, false, 2});
+        // one stride that is not a multiple of a pack, or one misaligned tensor
+        check<T>({2, 4, 4, 2, 64, 32, true, false, 0, 2, 0, 0});
+        check<T>({2, 4, 4, 2, 64, 32, true, false, 0, 0, 2, 0});
+        check<T>({2, 4, 4, 2, 64, 32, true, false, 0, 0, 0, 2});
+        check<T>({2, 3, 2, 2, 64, 32, true, false, 0, 0, 0, 0, 1, 0, 0});
+        check<T>({2, 3, 2, 2, 64, 32, true, false, 0, 0, 0, 0, 0, 1, 0});
+        check<T>({2, 3, 2, 2, 64, 32, true, false, 0, 0, 0, 0, 0, 0, 1});
         check<T>({0, 3, 1, 2, 64, 32, false, false, 0});
     });
 }

@@ -19,6 +19,7 @@ struct Case {
     int64_t seq, cols, gap;
     size_t offset;
     Hide hide;
+    size_t y_offset = 0, mask_offset = 0;
 };
 
 // Whether a row sees each of its columns.
@@ -38,9 +39,9 @@ void check(const Case& c) {
     const int64_t rows = kBatches * kHeads * c.seq, mask_batches = c.hide == Hide::kMaskPerBatch ? kBatches : 1;
     const auto count = static_cast<size_t>(rows * c.cols),
                spread = static_cast<size_t>((rows - 1) * (c.cols + c.gap) + c.cols);
-    Buffer<T> x("x", spread, Role::kStream, c.offset), dy("dy", spread, Role::kStream, c.offset), y("y", count),
-        dx("dx", count);
-    Buffer<uint8_t> mask("mask", static_cast<size_t>(kBatches * c.seq * c.cols), Role::kCached);
+    Buffer<T> x("x", spread, Role::kStream, c.offset), dy("dy", spread, Role::kStream, c.offset),
+        y("y", count, Role::kStream, c.y_offset), dx("dx", count);
+    Buffer<uint8_t> mask("mask", static_cast<size_t>(kBatches * c.seq * c.cols), Role::kCached, c.mask_offset);
     x.random(1, 3.0f), dy.random(2);
     std::mt19937 generator(3);
     // the first rows see no column
@@ -98,6 +99,8 @@ void values() {
             check<T>({2, 1000, 0, 0, hide});
             check<T>({1, 1816, 0, 0, hide});
         }
+        check<T>({3, 248, 0, 0, Hide::kMask, 1, 0});  // y alone is misaligned
+        check<T>({3, 248, 0, 0, Hide::kMask, 0, 1});  // the mask alone is misaligned
         check<T>({9, 40, 0, 0, Hide::kCausal});
         check<T>({40, 16, 0, 0, Hide::kCausal});  // the first rows see no column
     });

@@ -83,6 +83,33 @@ def test_hopper_of_packed_and_what_it_refuses():
         attention_qkv(qkv, softcap=30.0, backend="hopper")
 
 
+EXPANDED, MISALIGNED = "k and v must not be expanded", "rows of q, k and v must start at multiples of 16 bytes"
+GENERAL = "softcap, ALiBi, dropout and a scale that is not positive are not supported"
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs the kernels for sm_90a")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({name: reference.misaligned}, MISALIGNED) for name in "qkv"),
+        *(({name: lambda x: x[:1].expand_as(x)}, EXPANDED) for name in "kv"),
+        *(({name: lambda x: x[:, :1].expand_as(x)}, EXPANDED) for name in "kv"),
+        *(({name: lambda x: x[:, :, :1].expand_as(x)}, EXPANDED) for name in "kv"),
+        ({"alibi_slopes": torch.tensor([0.5, 0.1])}, GENERAL),
+        ({"softcap": 2.0}, GENERAL),
+        ({"dropout_p": 0.1}, GENERAL),
+        ({"scale": 0.0}, GENERAL),
+        ({"scale": -0.2}, GENERAL),
+    ],
+)
+def test_what_the_hopper_kernels_refuse(change, message):
+    inputs = qkv_of(17, 17, 2, 2, 64)
+    options = {name: value for name, value in change.items() if name not in inputs}
+    inputs = {name: change.get(name, lambda x: x)(tensor) for name, tensor in inputs.items()}
+    with pytest.raises(ValueError, match=rf'backend cannot be "hopper": {message}; got hopper'):
+        attention(**inputs, **options, backend="hopper")
+
+
 class FullSizeWrites(TorchDispatchMode):
     """Counts operators whose result has as many elements as `like`."""
 
