@@ -1,4 +1,4 @@
-"""decode_block: its contract and errors. tests/model/test_decode.py compares it with the model's own path."""
+"""decode_block: its values, contract and errors. tests/model/test_decode.py compares it with the model's own path."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from neox.ops.decode_block import AVAILABLE, PARAMETERS, decode_block
 from tests import reference
+from tests.ops.test_rotary import turned
 
 native = torch.ops.neox
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="an operator of the CPU library alone")
@@ -70,6 +71,98 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch(dtype, threads):
         assert torch.equal(alone_stream, stream[row : row + 1])
         assert torch.equal(alone_delta, delta[row : row + 1])
         assert torch.equal(alone["keys"], whole["keys"][row : row + 1])
+
+
+def by_definition(inputs: dict, window: int | None = None, softcap: float | None = None):
+    """The block in float64, written out of its parts: the stream, and what the MLP adds to it."""
+    of = {
+        name: None if value is None else value.double()
+        for name, value in zip(PARAMETERS, inputs["parameters"], strict=True)
+    }
+    length, eps = inputs["length"], inputs["eps"]
+    batch, seq, _ = inputs["stream"].shape
+
+    def norm(x, name):
+        if inputs["rms"]:
+            return reference.rms_norm(x, of[f"{name}.weight"], eps)
+        return reference.layer_norm(x, of[f"{name}.weight"], of[f"{name}.bias"], eps)
+
+    def linear(x, name):
+        y, bias = x @ of[f"{name}.weight"].T, of[f"{name}.bias"]
+        return y if bias is None else y + bias
+
+    stream = inputs["stream"].double() + inputs["delta"].double()
+    first = norm(stream, "norm1")
+    qkv = linear(first, "attention.qkv").view(batch, seq, GROUPS, HEADS + 2, DIM)
+    q, k, v = qkv[..., :HEADS, :].flatten(2, 3), qkv[..., HEADS, :], qkv[..., HEADS + 1, :]
+    if of["attention.query_norm.weight"] is not None:
+        q, k = (
+            reference.rms_norm(x, of[f"attention.{name}_norm.weight"], eps) for x, name in ((q, "query"), (k, "key"))
+        )
+    if inputs["cos"] is not None:
+        q, k = (turned(x, inputs["cos"], inputs["sin"]) for x in (q, k))
+    keys, values = (
+        torch.cat((inputs[name][:, :length].double(), new), 1) for name, new in (("keys", k), ("values", v))
+    )
+    attended = reference.attention(
+        q,
+        keys,
+        values,
+        scale=inputs["scale"],
+        window=window,
+        softcap=softcap,
+        segment_ids=inputs["segment_ids"],
+        alibi_slopes=inputs["alibi_slopes"],
+    )
+    branch = linear(attended.flatten(2), "attention.out")
+    if not inputs["parallel"]:
+        stream = stream + branch
+    second = "norm2" if of["norm2.weight"] is not None else "norm1"
+    x = norm(stream, second)
+    up, activation = linear(x, "mlp.up"), inputs["activation"]
+    if activation in ("gelu", "gelu_tanh"):
+        inner = reference.gelu(up, "tanh" if activation == "gelu_tanh" else "none")
+    else:
+        gate = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[activation]
+        inner = reference.gated(linear(x, "mlp.gate"), up, gate)
+    delta = linear(inner, "mlp.down")
+    return stream, delta + branch if inputs["parallel"] else delta, keys, values
+
+
+BIASES = {"attention__qkv__bias": (80,), "mlp__gate__bias": (WIDTH,), "mlp__down__bias": (H,), "norm2__bias": (H,)}
+NO_GATE = {"mlp__gate__weight": None}
+NO_HEAD_NORMS = {"attention__query_norm__weight": None, "attention__key_norm__weight": None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("changes", "shapes", "masks"),
+    [
+        ({}, {}, {}),
+        ({"parallel": False}, BIASES, {}),
+        ({"rms": True}, {"norm1__bias": None, "norm2__weight": None}, {"window": 3}),
+        ({"parallel": False, "activation": "gelu"}, NO_GATE | NO_HEAD_NORMS, {"softcap": 0.5}),
+        ({"activation": "gelu_tanh", "eps": 0.5}, NO_GATE | {"attention__out__bias": None}, {}),
+        ({"activation": "geglu", "cos": None, "sin": None}, BIASES | NO_HEAD_NORMS, {"window": 4, "softcap": 0.5}),
+        (
+            {"activation": "reglu", "rms": True, "alibi_slopes": None, "parallel": False},
+            {"norm1__bias": None, "mlp__up__bias": None},
+            {},
+        ),
+        ({"segment_ids": None}, {"norm1__bias": None, "norm2__weight": None}, {}),
+    ],
+)
+def test_a_block_is_the_sum_of_its_parts(changes, shapes, masks, dtype):
+    inputs = operands(seq=3, dtype=dtype, **shapes)
+    inputs["segment_ids"] = (torch.arange(LENGTH + 3) >= torch.tensor([[2], [0]])).int()  # one sequence is padded
+    inputs["alibi_slopes"] = torch.linspace(0.1, 0.6, GROUPS * HEADS)
+    inputs |= changes
+    want = by_definition(inputs, **masks)
+    got = decode_block(**inputs, **masks)
+    cached = (inputs[name][:, : LENGTH + 3] for name in ("keys", "values"))
+    for what, mine, other in zip(("stream", "delta", "keys", "values"), (*got, *cached), want, strict=True):
+        limit = 2e-5 if dtype == torch.float32 else 5e-2
+        assert (mine.double() - other).abs().max() <= limit * other.abs().max(), what
 
 
 def test_only_the_new_tokens_are_written():
