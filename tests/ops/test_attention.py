@@ -62,8 +62,9 @@ def test_decoding_gives_the_rows_of_the_full_sequence():
         reference.assert_near(step, whole[:, t - 1 : t])
 
 
-def test_large_scores_and_nan():
-    q, k, v = qkv_of(65, 65, 2, 2, 64).values()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_scores_and_nan(dtype):
+    q, k, v = qkv_of(65, 65, 2, 2, 64, dtype).values()
     reference.assert_near(attention(q * 300, k * 300, v, backend="native"), reference.attention(q * 300, k * 300, v))
     q[0, 40, 1, 3] = torch.nan
     out = attention(q, k, v, backend="native")

@@ -41,9 +41,11 @@ def test_dense_sweep_of_value_and_slope(activation):
     assert (slope - slope64)[away].abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_extremes(activation):
-    x = torch.tensor([float("inf"), 3e38, 50.0, 0.0, -200.0, -3e38, float("nan")]).requires_grad_()
+def test_extremes(activation, dtype):
+    most = min(3e38, torch.finfo(dtype).max)
+    x = torch.tensor([float("inf"), most, 50.0, 0.0, -200.0, -most, float("nan")], dtype=dtype).requires_grad_()
     y = gated(x, torch.ones_like(x), activation)
     (slope,) = torch.autograd.grad(y.sum(), x)
     assert y[:3].tolist() == x[:3].tolist()

@@ -22,12 +22,17 @@ ROWS, COLS = 90, 37
 TABLES = {"cos": reference.random(ROWS, 8, seed=11), "sin": reference.random(ROWS, 8, seed=12)}
 
 
+def beyond_rounding(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """By how much each value is further from the exact one than half the distance of two neighbours."""
+    spacing = 2.0 ** (torch.frexp(want)[1].double() - DIGITS[got.dtype])
+    return (got.double() - want).abs() - spacing / 2
+
+
 def assert_rounded_once(got: torch.Tensor, want: torch.Tensor, what: str = "") -> None:
     """Each value is one of the two neighbours of the exact one, the nearer but for an error of fp32."""
     want = want.double()
-    spacing = 2.0 ** (torch.frexp(want)[1].double() - DIGITS[got.dtype])
-    error = (got.double() - want).abs() - spacing / 2
-    assert error.max() <= 8e-6 * want.abs().max(), f"{what}: {error.max()} of {want.abs().max()} beyond half a digit"
+    error = beyond_rounding(got, want).max()
+    assert error <= 8e-6 * want.abs().max(), f"{what}: {error} of {want.abs().max()} beyond half a digit"
 
 
 def dropped(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -96,6 +101,33 @@ def test_results_and_gradients_are_rounded_once(name, dtype):
     for each, mine, other in zip(inputs, torch.autograd.grad(got, list(leaves.values()), dout), wanted, strict=True):
         assert_rounded_once(mine, other, f"d{each}")
     return None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["bias_gelu", "bias_gelu tanh", "gated silu", "gated gelu"])
+def test_activations_are_accurate_over_their_range(name, dtype):
+    """To 3e-5 before they are rounded: the kernels may have cheaper formulas for 16 bits than for fp32."""
+    op, theirs, operands = CASES[name]
+    other = torch.zeros if "bias" in operands else torch.ones
+    x = torch.linspace(-9, 9, 3001).to(dtype)[:, None]
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    got = op(leaf, other(1, dtype=dtype) if "bias" in operands else other(3001, 1, dtype=dtype))
+    want = theirs(exact, other(1).double())
+    assert (beyond_rounding(got, want) - 3e-5 * want.abs()).max() <= 1e-6
+    (slope,) = torch.autograd.grad(got.sum(), leaf)
+    (exact_slope,) = torch.autograd.grad(want.sum(), exact)
+    assert beyond_rounding(slope, exact_slope).max() <= 3e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_squares_beyond_the_largest_number_of_16_bits(name, dtype):
+    op, theirs, operands = CASES[name]
+    inputs = {
+        each: reference.random(*([] if each != "x" else [9]), COLS, dtype=dtype, scale=3e3 if each == "x" else 1.0)
+        for each in operands.split()
+    }
+    assert_rounded_once(op(**inputs), theirs(**inputs))
 
 
 @pytest.mark.skipif(reference.CUDA_KERNELS, reason="linear has no CUDA kernel")
