@@ -19,7 +19,7 @@ bool is_retained(int64_t row, int64_t col, int64_t cols, double p) {
 
 // Elements past a 16-byte boundary.
 struct Offsets {
-    size_t x, residual, dy, bias;
+    size_t x, residual, dy, bias, y = 0, dx = 0;
 };
 
 template <class T>
@@ -27,7 +27,8 @@ void check(int64_t rows, int64_t cols, int64_t gap, const Offsets& offsets, bool
     const auto count = static_cast<size_t>(rows * cols);
     emu_test::Rows<T> x("x", rows, cols, gap, offsets.x), residual("residual", rows, cols, 2 * gap, offsets.residual),
         dy("dy", rows, cols, 3 * gap, offsets.dy);
-    Buffer<T> bias("bias", static_cast<size_t>(cols), Role::kCached, offsets.bias), y("y", count), dx("dx", count),
+    Buffer<T> bias("bias", static_cast<size_t>(cols), Role::kCached, offsets.bias),
+        y("y", count, Role::kStream, offsets.y), dx("dx", count, Role::kStream, offsets.dx),
         dbias("dbias", static_cast<size_t>(cols));
     x.random(1), residual.random(2), dy.random(3), bias.random(4);
     Buffer<float> partial("partial", static_cast<size_t>(neox::bias_dropout_add_partials_cuda(rows, cols) * cols));
@@ -71,8 +72,8 @@ void values() {
         check<T>(37, 264, 0, {0, 0, 0, 0}, false, 0.3);
         check<T>(5, 264, 3, {0, 0, 0, 0}, true, 0.1);  // rows of complete packs, strides that are not multiples of one
         check<T>(37, 264, 0, {0, 0, 0, 0}, true, 0.0);
-        for (const Offsets& alone :
-             {Offsets{1, 0, 0, 0}, Offsets{0, 1, 0, 0}, Offsets{0, 0, 1, 0}, Offsets{0, 0, 0, 1}})
+        for (const Offsets& alone : {Offsets{1, 0, 0, 0}, Offsets{0, 1, 0, 0}, Offsets{0, 0, 1, 0}, Offsets{0, 0, 0, 1},
+                                     Offsets{0, 0, 0, 0, 1, 1}})
             check<T>(5, 264, 8, alone, true, 0.1);  // one misaligned tensor
         check<T>(3, 33, 0, {0, 0, 0, 0}, true, 1.0);
         check<T>(0, 16, 0, {0, 0, 0, 0}, true, 0.3);  // without rows, dbias is zero

@@ -20,14 +20,15 @@ double slope(double u, bool tanh) {
 
 // Elements past a 16-byte boundary.
 struct Offsets {
-    size_t x, dy, bias;
+    size_t x, dy, bias, y = 0, dx = 0;
 };
 
 template <class T>
 void check(int64_t rows, int64_t cols, int64_t gap, const Offsets& offsets, bool with_bias, bool tanh) {
     const auto count = static_cast<size_t>(rows * cols);
     emu_test::Rows<T> x("x", rows, cols, gap, offsets.x), dy("dy", rows, cols, 2 * gap, offsets.dy);
-    Buffer<T> bias("bias", static_cast<size_t>(cols), Role::kCached, offsets.bias), y("y", count), dx("dx", count),
+    Buffer<T> bias("bias", static_cast<size_t>(cols), Role::kCached, offsets.bias),
+        y("y", count, Role::kStream, offsets.y), dx("dx", count, Role::kStream, offsets.dx),
         dbias("dbias", static_cast<size_t>(cols));
     x.random(1, 2.0f), dy.random(2), bias.random(3);
     Buffer<float> partial("partial", static_cast<size_t>(neox::bias_gelu_partials_cuda(rows, cols) * cols));
@@ -58,7 +59,7 @@ void values() {
         check<T>(37, 264, 8, {0, 0, 0}, true, false);  // full packs, strided rows
         check<T>(37, 264, 0, {0, 0, 0}, false, true);
         check<T>(5, 264, 3, {0, 0, 0}, true, false);  // rows of complete packs, strides that are not multiples of one
-        for (const Offsets& alone : {Offsets{1, 0, 0}, Offsets{0, 1, 0}, Offsets{0, 0, 1}})
+        for (const Offsets& alone : {Offsets{1, 0, 0}, Offsets{0, 1, 0}, Offsets{0, 0, 1}, Offsets{0, 0, 0, 1, 1}})
             check<T>(5, 264, 8, alone, true, false);  // one misaligned tensor
         check<T>(3, 819, 0, {0, 0, 0}, true, false);
         check<T>(640, 8, 0, {0, 0, 0}, true, false);  // more stripes than a thread of the second stage reads at a time

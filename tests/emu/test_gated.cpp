@@ -21,7 +21,7 @@ double slope(double u, Activation activation) {
 
 // Elements past a 16-byte boundary.
 struct Offsets {
-    size_t x, gate, dy;
+    size_t x, gate, dy, y = 0, dx = 0, dgate = 0;
 };
 
 template <class T>
@@ -29,7 +29,8 @@ void check(Activation activation, int64_t rows, int64_t cols, int64_t gap, int64
     const auto count = static_cast<size_t>(rows * cols);
     emu_test::Rows<T> x("x", rows, cols, gap, offsets.x), gate("gate", rows, cols, 2 * gap, offsets.gate),
         dy("dy", rows, cols, dy_gap, offsets.dy);
-    Buffer<T> y("y", count), dx("dx", count), dgate("dgate", count);
+    Buffer<T> y("y", count, Role::kStream, offsets.y), dx("dx", count, Role::kStream, offsets.dx),
+        dgate("dgate", count, Role::kStream, offsets.dgate);
     x.random(1, 2.0f), gate.random(2), dy.random(3);
     const neox::Gated in{emu_test::dtype_of<T>(), activation, rows, cols, x.data(), x.stride, gate.data(), gate.stride};
     EXPECT(!neox::gated_forward_cuda(in, y.data(), nullptr));
@@ -61,7 +62,8 @@ void values() {
         // rows of complete packs, a stride that is not a multiple of one
         check<T>(Activation::kRelu, 5, 264, 3, 8, {0, 0, 0});
         check<T>(Activation::kRelu, 5, 264, 8, 3, {0, 0, 0});
-        for (const Offsets& alone : {Offsets{1, 0, 0}, Offsets{0, 1, 0}, Offsets{0, 0, 1}})
+        for (const Offsets& alone : {Offsets{1, 0, 0}, Offsets{0, 1, 0}, Offsets{0, 0, 1}, Offsets{0, 0, 0, 1, 1, 0},
+                                     Offsets{0, 0, 0, 0, 0, 1}})
             check<T>(Activation::kRelu, 5, 264, 8, 8, alone);  // one misaligned tensor
         check<T>(Activation::kRelu, 0, 16, 0, 0, {0, 0, 0});
     });

@@ -126,6 +126,17 @@ def test_a_window_ends_between_two_keys_whatever_tile_they_are_in(length, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_before_the_window_do_not_set_the_largest_score(dtype):
+    """One query, whose parts of the keys are summed apart: all scores in its window are so low that e to them is 0."""
+    q, k, v = qkv_of(1, 1100, 2, 1, 64, dtype).values()
+    out, lse = torch.ops.neox.attention(
+        torch.full_like(q, -8), torch.ones_like(k), v, None, None, None, True, 1.0, 100, 0.0, 0.0
+    )
+    reference.assert_near(out, v[:, -100:].double().mean(1, keepdim=True).expand_as(out))
+    assert (lse.double() - (math.log(100) - 8 * 64)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_log_sum_of_a_row_that_sees_no_key_is_minus_infinity(dtype):
     """Zero would weigh such a row like one with a key where parts of attention are merged."""
     s, t, d = 19, 5, 32

@@ -142,18 +142,25 @@ def test_heads_with_gaps_in_every_dimension_are_rotated_in_place():
     assert (buffer == 3.0).all()
 
 
+@pytest.mark.parametrize("gap", [0, 4, 5])
 @pytest.mark.parametrize("kind", ["backward", "fused", "rescale"])
-def test_logits_with_gaps_are_overwritten_by_their_gradient(kind):
-    dloss = DY[:, 0].contiguous()
+@pytest.mark.parametrize("dtype", reference.dtypes("cross_entropy"))
+def test_logits_with_gaps_are_overwritten_by_their_gradient(dtype, kind, gap):
+    """With a gap of 4 every row begins at a multiple of 16 bytes, and ends within such a pack if it has 16 bits."""
+    cols = 20
+    dloss, targets, columns = DY[:, 0].contiguous(), TARGETS % (cols - 1), (0, cols - 1, cols - 1, -100)
+    targets[0], targets[1] = -100, cols - 2
+    logits = X[:, :cols].to(dtype)
+    statistics = native.cross_entropy_statistics(logits, targets, *columns, True)
     run = {
-        "backward": lambda x: native.cross_entropy_backward_(x, dloss, TARGETS, STATISTICS, *COLUMNS, 0.1, 0.1),
-        "fused": lambda x: native.cross_entropy_fused_(x, TARGETS, *COLUMNS, 0.1, 0.1, 0.5),
+        "backward": lambda x: native.cross_entropy_backward_(x, dloss, targets, statistics, *columns, 0.1, 0.1),
+        "fused": lambda x: native.cross_entropy_fused_(x, targets, *columns, 0.1, 0.1, 0.5),
         "rescale": lambda x: native.cross_entropy_rescale_(x, dloss, 0.5),
     }[kind]
-    buffer = torch.full((8, H + 5), 3.0)
-    view = buffer[1:-1, 2:-3]
-    view.copy_(X)
+    buffer = torch.full((8, cols + gap), 3.0, dtype=dtype)
+    view = buffer[1:-1, gap % 4 :][:, :cols]
+    view.copy_(logits)
     run(view)
-    torch.testing.assert_close(view, changed(run, X))
+    torch.testing.assert_close(view, changed(run, logits))
     view.fill_(3.0)
     assert (buffer == 3.0).all()
