@@ -113,6 +113,8 @@ void long_rows() {
         for (const int64_t cols : {4096, 9000, 16640, 2049, 8193}) check<T>({2, cols, 0, 0, hide});
     }
     check<float>({2, 16640, 0, 0, Hide::kMask});
+    // the next pack after those that a partition holds
+    for (const int64_t cols : {257, 264, 1032, 2056, 4097, 4104, 16392}) check<T>({1, cols, 0, 0, Hide::kNothing});
 }
 
 void all_values() {

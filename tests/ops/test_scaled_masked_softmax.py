@@ -79,10 +79,11 @@ def test_rows_without_visible_columns_are_zeros():
     assert not x.grad.any()
 
 
-@pytest.mark.parametrize("column", [0, 4, 32])
-def test_nan_is_not_hidden_unless_masked(column):
-    x, mask = reference.random(1, 1, 2, 33), torch.ones(1, 1, 2, 33, dtype=torch.bool)
-    mask[..., 1, :] = torch.arange(33) == column
+@pytest.mark.parametrize(("columns", "column"), [(33, 0), (33, 4), (33, 32), (4101, 7), (4101, 4100)])
+def test_nan_is_not_hidden_unless_masked(columns, column):
+    """Also in rows that a CUDA kernel reads twice."""
+    x, mask = reference.random(1, 1, 2, columns), torch.ones(1, 1, 2, columns, dtype=torch.bool)
+    mask[..., 1, :] = torch.arange(columns) == column
     x[..., column] = float("nan")
     y = scaled_masked_softmax(x, mask, 1.0)
     assert not y[..., 0, :].any()
