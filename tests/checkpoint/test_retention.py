@@ -21,7 +21,7 @@ from neox.checkpoint.retention import (
 )
 from neox.checkpoint.verify import verify
 from neox.errors import CheckpointError, DiskError
-from tests.checkpoint.builders import save_one
+from tests.checkpoint.builders import LINEAGE, save_one
 from tests.checkpoint.faults import RecordingStorage
 
 
@@ -198,8 +198,8 @@ def test_a_start_from_another_run_is_newer_than_both(tmp_path):
 
 def test_a_truncated_checkpoint_is_not_counted_and_stays(tmp_path):
     for step in (1, 2, 3):
-        save_one(tmp_path, step)
-    (shard,) = (tmp_path / folder_name(3)).glob("*.safetensors")
+        save_one(tmp_path, step, shard_bytes=500)
+    _, shard, *_ = sorted((tmp_path / folder_name(3)).glob("*.safetensors"))
     os.truncate(shard, shard.stat().st_size - 1)
     save_one(tmp_path, 4, keep=2)
     assert steps(tmp_path) == [2, 3, 4]
@@ -275,3 +275,32 @@ def test_of_the_files_of_a_step_only_those_of_other_saves_are_superseded(tmp_pat
 def test_every_start_has_an_id_of_its_own(tmp_path):
     ids = {start_lineage(tmp_path).id for _ in range(20)}
     assert len(ids) == 20 and all(len(one) == 32 and int(one, 16) >= 0 for one in ids)
+
+
+def test_a_checkpoint_is_removed_manifest_first_and_durably(tmp_path):
+    """Through the storage that is given; a crash in between leaves an unfinished save, not a damaged checkpoint."""
+    old = save_one(tmp_path, 1, shard_bytes=500)
+    shards = sorted(old.glob("*.safetensors"))
+    save_one(tmp_path, 2)
+    storage = RecordingStorage()
+    retain(tmp_path, 1, LINEAGE, 2, storage=storage)
+    assert storage.trace == [
+        ("unlink", old / "manifest.json"),
+        ("sync_dir", old),
+        *(("unlink", shard) for shard in shards),
+        ("remove_dir", old),
+        ("sync_dir", tmp_path),
+    ]
+
+
+def test_a_save_retires_older_ones_through_its_storage(tmp_path):
+    old = save_one(tmp_path, 1)
+    storage = RecordingStorage()
+    path = save_one(tmp_path, 1, keep=1, content={"again": 1}, storage=storage)
+    calls = [(name, where) for name, where, *_ in storage.trace]
+    superseded = [where for name, where in calls if name == "unlink" and where.suffix == ".safetensors"]
+    assert path == old and len(superseded) == 1
+    save_one(tmp_path, 2, keep=1, storage=storage)
+    assert ("remove_dir", old) in [call[:2] for call in storage.trace]
+    hint = [call for call in storage.trace if call[0] == "rename" and call[2].name == "latest"]
+    assert len(hint) == 2
