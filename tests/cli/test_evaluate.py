@@ -162,6 +162,7 @@ def told(monkeypatch):
 
         monkeypatch.setattr(cli, name, function)
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     note("load_model", "model")
     note("evaluate", Perplexity(1.25, 3.490343, None, 1000, None, 1))
     note("run_tasks", {"results": {"t": {"acc,none": 0.5}}, "other": torch.float32})

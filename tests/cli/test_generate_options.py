@@ -53,6 +53,7 @@ def told(monkeypatch):
 
     monkeypatch.setattr(cli, "generate", generate)
     monkeypatch.setattr(cli, "load_model", load_model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return seen
 
 

@@ -23,7 +23,8 @@ CONF = {"model": {"vocab_size": 10}, "data": {"train": ["none"]}, "train": {"mic
 
 @pytest.fixture
 def environment(monkeypatch, request):
-    """The variables that a run sets are removed afterwards."""
+    """A machine without a GPU; the variables that a run sets are removed afterwards."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     request.addfinalizer(lambda before=dict(os.environ): (os.environ.clear(), os.environ.update(before)))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "FAULT", "DS_ACCELERATOR", *cli.RECORDER_SIZES):
         os.environ.pop(name, None)

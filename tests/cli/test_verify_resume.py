@@ -171,7 +171,8 @@ def parsed(*more):
 @pytest.mark.parametrize(
     ("processes", "codes"), [(1, (0, -9, 0)), (2, (0, 1, 0)), (2, (0, -9, 0))], ids=["alone", "torchrun", "killed"]
 )
-def test_the_three_trainings_get_the_same_arguments_but_for_the_kill(tmp_path, capsys, processes, codes):
+def test_the_three_trainings_get_the_same_arguments_but_for_the_kill(tmp_path, capsys, monkeypatch, processes, codes):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     told = []
     args = parsed("--set", "x=1", "y=2", "--processes", str(processes))
     assert verify_resume.compare(args, tmp_path, trainings(tmp_path, told, codes)) == 0
