@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from neox.cli.data_of_run import layout_of, show_document
+from neox.checkpoint.manifest import Lineage
+from neox.cli.data_of_run import layout_of, provenance_of, show_document
 from neox.cli.main import main
 from neox.config.load import load_config
 from neox.data.samples.batch_layout import BatchLayout
@@ -22,6 +23,7 @@ from neox.errors import ConfigError
 from neox.parallel.mesh import Mesh
 from neox.runtime.signals import StopSignals
 from neox.train.loop import train
+from tests.checkpoint.builders import LINEAGE, save_one
 from tests.train.corpus import make_config, make_corpus
 
 os.environ.setdefault("LOCAL_RANK", "0")
@@ -279,3 +281,19 @@ def test_the_only_dataset_of_a_run_needs_no_name(tmp_path, capsys):
     ]
     with pytest.raises(ConfigError, match="no such document; where=--document; got=3; want=0 to 2 in "):
         show_document(argparse.Namespace(source=prefix, document=3, json=False), data)
+
+
+def test_the_records_are_those_of_the_newest_branch_that_count_samples(tmp_path, monkeypatch):
+    branch = Lineage("cd" * 16, 1, ((LINEAGE.id, 3),))
+    saved = [(3, LINEAGE, {"consumed": 24}), (4, LINEAGE, {"consumed": 32})]
+    saved += [(5, branch, {"weights_only": True}), (6, branch, {"consumed": 50})]
+    paths = {
+        step: save_one(tmp_path / "checkpoints", step, content={"step": step, **content}, lineage=lineage)
+        for step, lineage, content in saved
+    }
+    monkeypatch.setattr("neox.cli.data_of_run.RunProvenance", lambda *arguments: arguments)
+    run, batch, written = provenance_of(argparse.Namespace(run=str(tmp_path), batch=4))
+    assert (run, batch) == (tmp_path, 4)
+    assert [(one.step, one.consumed, one.where) for one in written] == [(3, 24, str(paths[3])), (6, 50, str(paths[6]))]
+    assert [(one.config_lock, one.data, one.world_size) for one in written] == [("train: {seed: 1}\n", None, 1)] * 2
+    assert provenance_of(argparse.Namespace(run=str(tmp_path / "none"), batch=None)) == (tmp_path / "none", None, [])

@@ -393,3 +393,21 @@ def test_answers_stand_where_they_were_requested(trained):
     texts = [SimpleNamespace(args=(text,)) for text in (" ".join(TEXTS), TEXTS[0], "the")]
     alone = [adapter.loglikelihood_rolling([text])[0] for text in texts]
     assert adapter.loglikelihood_rolling(texts) == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_task_gets_texts_without_special_tokens(trained, monkeypatch):
+    model, tokenizer, _ = trained
+    seen = {}
+
+    def complete(model, prompts, params, **options):
+        seen.update(options, prompts=prompts, params=params)
+        return ["answer"]
+
+    monkeypatch.setattr("neox.evaluate.harness.complete", complete)
+    prompt = list(range(40))
+    options = {"max_gen_toks": 10, "until": ["x", "y"], "temperature": 0.5}
+    assert continuations(model, tokenizer, [prompt, [5]], options, 3) == ["answer"]
+    assert seen["prompts"] == [prompt[-22:], [5]]  # of the 32 tokens that the model reads
+    assert (seen["params"].max_new_tokens, seen["params"].temperature) == (10, 0.5)
+    assert (seen["stops"], seen["eod_id"], seen["batch_size"]) == (["x", "y"], tokenizer.end_ids, 3)
+    assert seen["decode"]([tokenizer.eod_id, *tokenizer.encode("the cat")]) == "the cat"
