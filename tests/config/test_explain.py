@@ -260,6 +260,9 @@ def test_differences_have_the_origins_of_both_sides(write):
         Difference("run.dir", "runs/default", "x", "default", "--set"),
         Difference("deepspeed.dump_state", False, ABSENT, "a.yml:4", ABSENT),
     ]
+    swapped = diff(load([], ["model.vocab_size=9", "run.dir=x"]), load(["a.yml"]))
+    assert swapped[-1] == Difference("deepspeed.dump_state", ABSENT, False, ABSENT, "a.yml:4")
+    assert [row.key for row in swapped] == [row.key for row in rows]
 
 
 def test_the_native_form_has_the_keys_of_a_mapping_that_an_override_gives():

@@ -70,7 +70,7 @@ def test_a_folder_does_not_hide_the_file_with_its_name(write, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", "caf\udce9"])
-def test_a_name_that_cannot_be_written_to_a_log_is_no_file(name, write):
+def test_a_name_that_cannot_be_written_to_a_log_finds_no_file(name, write):
     write("caf\udce9", MINIMAL)
     assert find_config(name) is None
 

@@ -47,7 +47,7 @@ def test_the_words_of_a_schema(schema, text):
     assert type_text(schema) == text
 
 
-def test_properties_behind_references_and_null():
+def test_properties_of_references_and_of_null():
     assert property_schema("model")["title"] == "ModelConfig" and "$ref" in property_schema("model")
     assert property_schema("model.lora.alpha")["default"] == 16.0
     assert property_schema("logging.wandb.mode")["enum"] == ["online", "offline"]

@@ -237,7 +237,7 @@ def test_a_problem_inside_a_list_names_the_line_of_its_item(write):
     ]
 
 
-def test_without_a_model_nothing_else_is_said_to_be_missing(write):
+def test_without_a_model_only_the_vocabulary_size_is_missing(write):
     write("a.yml", "train: {seed: 3}\n")
     expected = (
         "error[2] key is missing; where=model.vocab_size; want=the number of token ids; "

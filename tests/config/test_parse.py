@@ -268,7 +268,7 @@ def test_every_problem_of_a_document_is_reported():
 @pytest.mark.parametrize(
     ("text", "got"), [("- 1", "a list"), ("secret", "a text"), ("3", "a text"), ("!!seq [1]", "a list")]
 )
-def test_a_document_that_is_no_mapping(text, got):
+def test_a_document_that_is_a_list_or_a_text(text, got):
     assert problems(f"\n{text}") == [f"error[2] a config must be a mapping of sections; where=x.yml:2; got={got}"]
 
 

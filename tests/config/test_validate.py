@@ -143,7 +143,7 @@ def test_the_sources_alone_are_checked(overrides, what):
         assert caught.value.what == what and "data." in caught.value.where
 
 
-def test_the_place_of_a_key():
+def test_the_location_of_a_key():
     origins = {
         "a.b": Origin("x.yml", 3),
         "a.c": Origin("default"),
@@ -151,8 +151,8 @@ def test_the_place_of_a_key():
         "g.h": Origin("derived"),
         "a.bc": Origin("y.yml", 9),
     }
-    places = {key: location(key, origins) for key in ("a.b", "a.c", "d.e", "d", "g.h", "a.bc", "z", "d.e.f.g")}
-    assert places == {
+    locations = {key: location(key, origins) for key in ("a.b", "a.c", "d.e", "d", "g.h", "a.bc", "z", "d.e.f.g")}
+    assert locations == {
         "a.b": "x.yml:3 a.b",
         "a.c": "a.c",
         "d.e": "--set d.e",
@@ -170,7 +170,7 @@ def test_the_value_of_a_section_is_what_is_below_it():
     assert value_of("a", values) == {"b": 1, "c.d": 2} and value_of("zz", values) == {}
 
 
-def test_a_conflict_becomes_an_error_with_places_values_and_facts():
+def test_a_conflict_becomes_an_error_with_locations_values_and_facts():
     conflict = Conflict("what", ("a.b", "a.c"), "rule", "do", (("world size", 3), ("x", "y")))
     error = problem(conflict, {"a.b": True, "a.c": "t" * 99}, {"a.c": Origin("x.yml", 2)})
     assert error.line() == (

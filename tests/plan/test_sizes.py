@@ -200,7 +200,7 @@ def test_the_parameters_of_adapters():
     assert {"embedding.word.weight", "head.weight", "norm.weight", "mlp.down.weight"} <= stage.frozen
 
 
-def test_partitions_of_two_models_are_kept_apart():
+def test_partitions_of_two_models_are_separate():
     for layers, sizes in ((4, [2, 2]), (6, [3, 3])):
         _, layout = cut("parallel.pipeline=2", f"model.num_layers={layers}", "model.vocab_size=128", world=2)
         assert [stage.blocks for stage in layout.stages] == sizes

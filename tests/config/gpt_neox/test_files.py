@@ -100,7 +100,10 @@ def refusal(*files: str, overrides: tuple[str, ...] = ()) -> str:
 def test_a_gpt_neox_file_after_a_native_one_is_refused(write, tmp_path):
     write("a.yml", BASE)
     (tmp_path / "mine.yml").write_text("train: {train_iters: 7}\n")
-    assert "files out of order; where=a.yml; got=a GPT-NeoX file after mine.yml" in refusal("mine.yml", "a.yml")
+    assert (
+        "files out of order; where=a.yml; got=a GPT-NeoX file after mine.yml; want=GPT-NeoX files before native ones"
+        in refusal("mine.yml", "a.yml")
+    )
 
 
 def test_a_partial_config_names_the_missing_keys(write):

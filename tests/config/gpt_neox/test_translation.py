@@ -78,7 +78,7 @@ def test_numbers_are_finite_and_no_larger_than_a_float_can_multiply(value, numbe
         assert work.problems[0].want == ("a finite number" if is_number else "a number")
 
 
-def test_null_is_no_number_and_no_problem():
+def test_null_gives_no_number_and_no_problem():
     work = translation(lr_decay_iters=None)
     assert work.number("lr_decay_iters") is None and work.problems == []
     assert work.number("warmup") == 0.01  # GPT-NeoX's default
@@ -93,7 +93,7 @@ def test_the_first_of_some_keys_is_the_first_that_a_file_sets():
     )
 
 
-def test_notes_and_places_of_keys():
+def test_notes_and_locations_of_keys():
     work = translation(hidden_size=8, norm="rmsnorm")
     work.note("text")
     work.note("text", "norm")

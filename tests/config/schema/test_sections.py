@@ -1,4 +1,4 @@
-"""What every section has in common, and what the complete config says of a run."""
+"""What every section has in common, and properties of the complete config."""
 
 from __future__ import annotations
 

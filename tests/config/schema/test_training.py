@@ -42,7 +42,7 @@ def test_warmup_in_steps_or_a_part_of_a_step(given, kept):
     assert warmup == kept and type(warmup) is type(kept)
 
 
-def test_whole_floats_of_other_keys_stay_floats_and_integers_stay_integers():
+def test_integral_floats_of_other_keys_stay_floats_and_integers_stay_integers():
     assert type(OptimizerConfig(lr=1.0).lr) is float
     assert type(ScheduleConfig(cooldown_iters=3).cooldown_iters) is int
     with pytest.raises(ValidationError):
