@@ -31,6 +31,7 @@ class Run:
         self.step, self.results, self.evaluations, self.saves = begin, results or {}, evaluations or {}, saves
         self.saved_step, self.calls, self.consumed, self.rolls_back_to = saved, [], 8 * begin, 1
         self.tokens_per_step = 100
+        self.completed = -1  # step of a checkpoint that was complete since the last call
         guard = {"loss_spike": "warn", "drift_interval": 0, **guard}
         self.config = SimpleNamespace(
             train=SimpleNamespace(train_iters=last),
@@ -93,6 +94,7 @@ class Run:
 
     def collect_saves(self):
         self.calls.append(("collected",))
+        self.saved_step = max(self.saved_step, self.completed)
 
     def save(self, consumed, *, wait):
         assert consumed == self.consumed
@@ -171,9 +173,10 @@ def test_a_stop_in_the_last_step_is_the_end_of_the_run(monkeypatch):
     assert run.of("save") == [(4, True)] and run.of("end") == [(4,)]
 
 
-@pytest.mark.parametrize(("saved", "saves"), [(2, []), (-1, [(2, True)])])
-def test_a_signal_during_the_start_stops_before_the_first_step(monkeypatch, saved, saves):
+@pytest.mark.parametrize(("saved", "completed", "saves"), [(2, -1, []), (-1, -1, [(2, True)]), (-1, 2, [])])
+def test_a_signal_during_the_start_stops_before_the_first_step(monkeypatch, saved, completed, saves):
     run = Run(monkeypatch, begin=2, saved=saved)
+    run.completed = completed
     run.signals.received = signal.SIGINT
     with pytest.raises(StoppedBySignal, match="step 2; got=SIGINT"):
         loop.run(run)

@@ -1,11 +1,16 @@
 """From a config to an exit code, in this process."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pytest
 import torch
 
+from neox.errors import DataError, HangError, MemoryExhausted
+from neox.parallel.mesh import Mesh
 from neox.runtime.launch import LaunchInfo
 from neox.runtime.signals import StopSignals
 from neox.train import start as module
@@ -94,3 +99,119 @@ def test_a_start_does_not_import_torchs_compiler(tmp_path, repository):
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120, cwd=repository)
     assert done.stdout.splitlines()[-1] == "False", done.stdout + done.stderr
+
+
+def test_which_errors_have_a_traceback(capfd):
+    cases = [
+        (DataError("bad", where="x"), False, ["error[3] bad; where=x"]),
+        (DataError("bad", where="x"), True, ["error[3] bad; where=x", "Traceback"]),
+        (KeyError("k"), False, ["error[1] KeyError: 'k'; where=rank 4; do=this is a bug in neox", "Traceback"]),
+        (RuntimeError("Broken pipe"), False, ["error[13] another process was lost; where=rank 4"]),
+    ]
+    for error, debug, lines in cases:
+        try:
+            raise error
+        except Exception as caught:
+            module.report(caught, 4, debug)
+        printed = capfd.readouterr().err.splitlines()
+        assert [text.startswith(line) for text, line in zip(printed, lines, strict=False)] == [True] * len(lines)
+        assert len(printed) == 1 or len(lines) == 2
+
+
+def test_only_a_failed_allocation_is_explained_by_the_plan(monkeypatch):
+    explained = []
+    monkeypatch.setattr(
+        module, "explain_exhaustion", lambda *call: (explained.append(call), MemoryExhausted("explained"))[1]
+    )
+    for error in (MemoryError("x"), RuntimeError("CUDA out of memory. Tried to allocate")):
+        with pytest.raises(MemoryExhausted, match="explained"), module.memory_errors("config", "mesh"):
+            raise error
+        assert explained.pop() == (error, "config", "mesh")
+    for error in (DataError("x"), RuntimeError("shapes differ"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught, module.memory_errors("config", "mesh"):
+            raise error
+        assert caught.value is error
+    assert explained == []
+
+
+class Watched:
+    """Stands for the watchdog of one of several processes."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def handshake(self):
+        self.calls.append("handshake")
+
+    def finish(self):
+        self.calls.append("finish")
+
+    def fail(self, error, report):
+        self.calls.append("fail")
+        report()
+        return 13  # what another process posted first
+
+
+@pytest.fixture
+def several(monkeypatch):
+    """Starts rank `rank` of two, whose parts are stand-ins; returns the exit code, and what was done in which order."""
+
+    def begin(config, rank=0, fails_at="", warning=None):
+        calls, signals = [], StopSignals()
+        signals.end_at_once(calls.append)
+
+        def step(name, result=None):
+            def call(*arguments, **options):
+                calls.append(name)
+                if name == fails_at:
+                    raise HangError("rank 1 of 2 has not joined") if name == "claim" else DataError("bad")
+                return result
+
+            return call
+
+        def connect(launch, token, *, limit, heartbeat):
+            calls.append(f"watch {token} {limit:.0f} {signals.at_once}")
+            return Watched(calls)
+
+        monkeypatch.setattr(module, "claim_rank", step("claim", SimpleNamespace(token="token")))
+        monkeypatch.setattr(module, "connect", connect)
+        monkeypatch.setattr(module, "form_process_group", step("group", Mesh(dp=2, rank=rank)))
+        monkeypatch.setattr(module, "raise_group_timeouts", lambda limit: calls.append(f"timeouts {limit:.0f}"))
+        monkeypatch.setattr(module, "RankGroup", lambda *ranks: calls.append(f"ranks {ranks}"))
+        monkeypatch.setattr(module, "check_consistency", step("compare"))
+        monkeypatch.setattr(module, "check_fit", step("fit", warning))
+        monkeypatch.setattr(module, "build", step("build", contextlib.nullcontext("training")))
+        monkeypatch.setattr(module, "run", lambda training: calls.append(f"run {training}"))
+        monkeypatch.setattr(module, "exit_now", lambda code: calls.append(f"exit {code}"))
+        launch = LaunchInfo(rank, rank, 2, "host", 7, "by hand")
+        return start(config, launch, "cpu", signals=signals), calls
+
+    return begin
+
+
+JOINED = ["claim", "watch token 77 None", "group", "timeouts 77", "handshake"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_several_processes_starts_in_this_order(several, tmp_path, capfd, rank):
+    config = make_config(tmp_path, tmp_path, "guard.hang_timeout=77")
+    assert several(config, rank, warning="tight") == (
+        0,
+        [*JOINED, f"ranks ({rank}, 2)", "compare", "fit", "build", "run training", "finish"],
+    )
+    out, err = capfd.readouterr()
+    assert out == ("2 processes by by hand; rank 0 at host:7\n" if rank == 0 else "")
+    assert err == ("note: tight\n" if rank == 0 else "")
+
+
+@pytest.mark.parametrize("fails_at", ["claim", "group", "compare", "fit", "build"])
+def test_an_error_of_one_of_several_processes_ends_it_with_the_code_of_all(several, tmp_path, capfd, fails_at):
+    """Before it has joined there is nobody to tell: whoever waits has been told by the rendezvous."""
+    config = make_config(tmp_path, tmp_path, "guard.hang_timeout=77")
+    code, calls = several(config, fails_at=fails_at)
+    if fails_at == "claim":
+        assert (code, calls) == (12, ["claim"])
+        assert capfd.readouterr().err == "error[12] rank 1 of 2 has not joined\n"
+    else:
+        assert calls[-3:] == [fails_at, "fail", "exit 13"] and code == 13
+        assert capfd.readouterr().err == "error[3] bad\n"
