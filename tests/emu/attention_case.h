@@ -18,20 +18,24 @@ struct Case {
     int64_t gap = 0;  // elements between heads
     size_t offset = 0;
     bool hopper = false;
+    int64_t group_gap = 0, row_gap = 0, batch_gap = 0;  // elements between groups, positions and batches
 };
 
 // Where the elements of a case are. q, k and v are one projection [batch, keys, groups, heads + 2, dim + gap], with the
 // queries at the last positions. Gradients have the same layout.
 struct Indices {
     Case shape;
-    int64_t row, positions;
+    int64_t group, row, positions, batch;
 
     explicit Indices(const Case& c)
-        : shape(c), row(c.groups * (c.heads + 2) * (c.dim + c.gap)), positions(std::max(c.queries, c.keys)) {}
+        : shape(c),
+          group((c.heads + 2) * (c.dim + c.gap) + c.group_gap),
+          row(c.groups * group + c.row_gap),
+          positions(std::max(c.queries, c.keys)),
+          batch(positions * row + c.batch_gap) {}
 
     size_t at(int64_t b, int64_t i, int64_t g, int64_t h, int64_t d) const {
-        return static_cast<size_t>((b * positions + i) * row + (g * (shape.heads + 2) + h) * (shape.dim + shape.gap) +
-                                   d);
+        return static_cast<size_t>(b * batch + i * row + g * group + h * (shape.dim + shape.gap) + d);
     }
     size_t query(int64_t b, int64_t i, int64_t g, int64_t h) const {
         return at(b, i + positions - shape.queries, g, h, 0);
@@ -49,9 +53,7 @@ struct Run : Indices {
     Buffer<T> qkv, dout, out, dqkv;
     Buffer<float> lse;
 
-    static size_t size(const Case& c) {
-        return static_cast<size_t>(c.batch * std::max(c.queries, c.keys) * c.groups * (c.heads + 2) * (c.dim + c.gap));
-    }
+    static size_t size(const Case& c) { return static_cast<size_t>(c.batch * Indices(c).batch); }
     static size_t rows(const Case& c) { return static_cast<size_t>(c.batch * c.queries * c.groups * c.heads); }
 
     explicit Run(const Case& c)
@@ -87,8 +89,7 @@ struct Run : Indices {
         in.batch = c.batch, in.queries = c.queries, in.keys = c.keys, in.groups = c.groups, in.heads = c.heads,
         in.head_dim = c.dim;
         in.q = qkv.data() + query(0, 0, 0, 0), in.k = qkv.data() + key(0, 0, 0), in.v = qkv.data() + value(0, 0, 0);
-        in.q_strides = in.k_strides =
-            in.v_strides = {positions * row, row, (c.heads + 2) * (c.dim + c.gap), c.dim + c.gap};
+        in.q_strides = in.k_strides = in.v_strides = {batch, row, group, c.dim + c.gap};
         in.scale = c.scale, in.causal = c.causal, in.window = c.window, in.softcap = c.softcap, in.dropout = c.dropout;
         in.segments = segments.empty() ? nullptr : segments.data();
         in.slopes = slopes.empty() ? nullptr : slopes.data();

@@ -96,6 +96,14 @@ std::vector<Case> sizes() {
     return all;
 }
 
+// All is a multiple of 16 bytes but one stride, the address or the length of a row.
+std::vector<Case> misaligned() {
+    const Case c{2, 20, 20, 4, 2, 32};
+    return {with(c, [](Case& c) { c.gap = 2; }),     with(c, [](Case& c) { c.group_gap = 2; }),
+            with(c, [](Case& c) { c.row_gap = 2; }), with(c, [](Case& c) { c.batch_gap = 2; }),
+            with(c, [](Case& c) { c.offset = 1; }),  with({1, 33, 33, 1, 1, 36}, [](Case& c) { c.gap = 4; })};
+}
+
 // Tokens after a boundary, or of another document, do not change a bit of the results before it.
 void leaks(bool by_document) {
     Case c{1, 200, 200, 1, 2, 64};
@@ -206,7 +214,7 @@ void values() {
     shared_memory();
     last_error();
     size_t index = 0;
-    for (const auto& group : {masks(), generals(), sizes()}) {
+    for (const auto& group : {masks(), generals(), sizes(), misaligned()}) {
         for (const Case& c : group) {
             check<__nv_bfloat16>(c, index);
             // One key too many of 64 is within the tolerance of bf16, so the cases at a tile's first and last key run
@@ -226,7 +234,7 @@ void values() {
 
 // The sizes that values() checks in bf16 only.
 void instances() {
-    size_t index = masks().size() + generals().size() + sizes().size();
+    size_t index = masks().size() + generals().size() + sizes().size() + misaligned().size();
     for (const Case& c : {Case{1, 65, 65, 1, 1, 96}, Case{1, 33, 33, 1, 1, 256},
                           with({1, 40, 66, 1, 1, 128}, [](Case& c) { c.dropout = 0.2f; }),
                           with({1, 33, 40, 1, 1, 256}, [](Case& c) { c.alibi = true; })})

@@ -153,7 +153,7 @@ void values() {
         for (const char* name : {"x", "residual", "w1", "w2", "b1", "b2", "dy1", "dy2", "dsum"})
             check<T>({3, 64, 8, 0, false, true, true, 2, name});
         check<T>({3, 64, 0, 0, false, true, false, 1, "x"});  // also what the backward reads
-        check<T>({5, 20, 4, 0, false, true, false, 1});       // strides of whole packs, rows that are not
+        check<T>({5, 20, 4, 0, false, true, false, 1});       // strides of complete packs, rows that are not
         check<T>({9, 264, 0, 0, false, true, true, 2});       // a warp, two packs per thread
         check<T>({11, 819, 0, 0, false, true, false, 1});     // the warps of a row synchronise at a named barrier
         check<T>({13, 1032, 0, 0, true, false, true, 1});     // four packs, several rows per block

@@ -96,7 +96,7 @@ void values() {
         check<T>({2, 3, 2, 5, 128, 128, true, true, 0});
         check<T>({1, 3, 2, 2, 10, 8, false, false, 0});  // heads that are not aligned to packs of a half
         check<T>({1, 3, 1, 2, 64, 32, false, false, 2});
-        check<T>({1, 1, 1, 1, 19, 16, false, false, 0});  // the channels to copy are not whole packs
+        check<T>({1, 1, 1, 1, 19, 16, false, false, 0});  // the channels to copy are not complete packs
         // one stride that is not a multiple of a pack, or one misaligned tensor
         check<T>({2, 4, 4, 2, 64, 32, true, false, 0, 2, 0, 0});
         check<T>({2, 4, 4, 2, 64, 32, true, false, 0, 0, 2, 0});

@@ -49,7 +49,7 @@ def test_dropout_forward_and_backward(dtype):
 
 
 @pytest.mark.parametrize("queries", [1, 17])
-def test_the_mask_is_a_function_of_the_seed_and_the_place(queries):
+def test_the_mask_is_a_function_of_the_seed_and_the_position(queries):
     """Key j of row i of head h in batch b draws word ((b n + h) s + i) ceil4(t) + j of Philox (attention.h), which
     gives every head of every group its own mask, whatever the tiles.
     """

@@ -103,6 +103,10 @@ def test_scores_of_minus_infinity_hide_a_column(column):
     reference.assert_near(y[..., 0, :], torch.softmax(x.double() * 0.5, -1)[..., 0, :])
     assert y[..., 0, column] == 0
     assert not y[..., 1, :].any()
+    assert not scaled_causal_softmax(x[..., 1:, :], 0.5).any()
+    x[..., column] = torch.inf
+    assert scaled_masked_softmax(x, nothing, 0.5)[..., column].isnan().all()
+    assert scaled_causal_softmax(x[..., 1:, :], 0.5)[..., column].isnan().all()
 
 
 def test_large_scores():
