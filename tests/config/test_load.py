@@ -195,7 +195,7 @@ def test_config_is_frozen():
         ("train.train_iters=1e30", "train.train_iters; got=1e+30; want=integer"),
         ("train.train_iters=1.5", "train.train_iters; got=1.5; want=integer"),
         ("model.num_layers=true", "model.num_layers; got=true; want=integer"),
-        ("run.dir=[a]", "run.dir; got=['a']; want=string; put it in quotes"),
+        ("run.dir=[a]", "run.dir; got=['a']; want=string"),
         ("optimizer.betas=[0.9, a, 1]", "optimizer.betas; got=[0.9, 'a', 1]; want=list of 2 numbers"),
         ("train=[a]", "train; got=['a']; want=a section: keys below it, indented"),
         ("model.rope_scaling=3", "model.rope_scaling; got=3; want=a section: keys below it, indented"),
