@@ -185,7 +185,7 @@ def test_a_snapshot_reuses_its_memory_and_follows_changed_fragments():
         (8, torch.int64, 64),
     ],
 )
-def test_a_copy_takes_whole_cache_lines(count, dtype, size):
+def test_a_copy_takes_complete_cache_lines(count, dtype, size):
     assert padded_bytes(count, dtype) == size
 
 

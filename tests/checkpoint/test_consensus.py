@@ -57,7 +57,7 @@ def test_an_error_keeps_every_part_and_one_of_no_class_of_ours_is_general():
 
 
 class Pair(RankGroup):
-    """Rank 0 of two, the other of which answers what it is told to."""
+    """Rank 0 of two, whose peer gives a fixed answer."""
 
     def __init__(self, other):
         super().__init__()

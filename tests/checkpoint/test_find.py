@@ -203,7 +203,7 @@ def test_the_nearest_folder_above_a_wrong_path_is_listed(tmp_path):
         resolve(tmp_path / "rum" / "checkpoints")
 
 
-def test_the_path_of_a_damaged_checkpoint_says_what_is_valid_besides(tmp_path):
+def test_the_path_of_a_damaged_checkpoint_lists_what_is_valid_besides(tmp_path):
     path = save_one(tmp_path, 10)
     flip_bit(next(path.glob("*.safetensors")), 8 * 100)
     with pytest.raises(CheckpointError) as caught:

@@ -294,7 +294,7 @@ def test_a_refusal_leaves_no_file_open(tmp_path):
         assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_what_the_file_says_is_shortened_and_sanitised(tmp_path):
+def test_the_text_of_the_file_is_shortened_and_sanitised(tmp_path):
     with FolderLock(tmp_path):
         record = {"host": "h" * 100, "pid": "\u202e7", "started": None}
         (tmp_path / LOCK).write_text(json.dumps(record))

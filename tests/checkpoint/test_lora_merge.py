@@ -68,7 +68,7 @@ def test_a_part_is_read_into_a_tensor_merged(saved):
 
 
 def test_what_has_no_adapter_is_read_as_it_is(saved):
-    """Also the factors themselves, and what is not a weight."""
+    """Also the factors themselves, and optimizer state."""
     path, tensors = saved
     with open_weights(path) as checkpoint:
         assert torch.equal(checkpoint.tensor("layers.0.mlp.up.lora_b"), tensors["layers.0.mlp.up.lora_b"])

@@ -287,7 +287,7 @@ def test_a_step_announces_its_phases_in_order():
     assert recorder.seen == [("evaluate", None), ("forward", None), ("forward", None)]
 
 
-def test_what_is_not_a_tensor_is_saved_and_restored_too():
+def test_counters_and_the_guard_are_saved_and_restored_too():
     """Steps, updates and the losses of the guard; nothing of a loss scale, which only fp16 has."""
     config = make_config(guard={"non_finite": "skip"})
     engine = make_engine(config, Mesh.single())

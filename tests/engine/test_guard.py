@@ -197,7 +197,7 @@ def test_which_policies_skip_a_spike(policy, skips):
 
 
 def test_skipped_updates_are_counted_in_a_row():
-    """Non-finite ones and spikes alike; the error is that of the last one, with all its parts."""
+    """Both non-finite ones and spikes; the error is that of the last one, with all its parts."""
     one = guard(non_finite="skip", max_skipped=2)
     for _ in range(3):
         one.note_non_finite(NonFinite("a"))

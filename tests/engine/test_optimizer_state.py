@@ -267,6 +267,7 @@ def test_the_state_of_a_resumed_optimizer_is_complete(kind, kinds):
     inside = [state.optimizer.state[p] for group in state.optimizer.param_groups for p in group["params"]]
     assert all(one.keys() == kinds | ({"step"} if kind == "adamw" else set()) for one in inside)
     assert kind != "adamw" or {float(one["step"]) for one in inside} == {9.0}
+    assert len(state.optimizer.state) == len(inside), "nothing for a frozen one"
 
 
 def test_frozen_16_bit_weights_are_written_in_fp32():
@@ -290,7 +291,7 @@ def test_padding_of_the_vocabulary_is_neither_written_nor_read():
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_the_last_replica_may_own_padding_only(rank):
+def test_the_last_replica_may_have_padding_only(rank):
     p = torch.nn.Parameter(torch.arange(12.0).view(6, 2))
     optimizer = build_optimizer([("w", p)], OptimizerConfig(type="sgd"))
     state = OptimizerState(

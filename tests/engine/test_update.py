@@ -102,7 +102,7 @@ def test_a_spike_that_stops_the_run_is_described_with_its_step():
     assert (engine.step, engine.updates) == (1, 0)
 
 
-def test_a_skipped_update_says_what_was_wrong():
+def test_a_skipped_update_reports_what_was_wrong():
     engine = make_engine(make_config(guard={"non_finite": "skip"}), Mesh.single())
     engine.model.poison = (0, "loss", math.inf)
     result = engine.train_step(micro_batches(0, engine.mesh, 1))
@@ -116,7 +116,7 @@ def test_a_skipped_update_says_what_was_wrong():
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("least", [0.25, 1.0, 4.0])
 def test_at_the_smallest_loss_scale_an_overflow_is_a_gradient_that_is_not_finite(stage, least):
-    """Skipped as `guard.non_finite` says, and counted; DeepSpeed would end the run with an exception of its own. A
+    """Skipped as `guard.non_finite` asks, and counted; DeepSpeed would end the run with an exception of its own. A
     scale of 8 can be lowered to 4, 2 and 1, and no further.
     """
     precision = {"dtype": "fp16", "initial_scale_power": 3, "min_loss_scale": least}
