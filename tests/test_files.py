@@ -481,3 +481,9 @@ def test_a_lock_keeps_the_file_and_is_not_needed_where_there_are_none(tmp_path, 
     with files.locked(tmp_path / "lock"):
         entered.append(True)
     assert entered
+
+
+def test_only_the_entries_of_a_folder_are_synced(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DiskError, match=r"where=.*/file; got=Not a directory \(ENOTDIR\)"):
+        files.sync_dir(tmp_path / "file")
