@@ -249,3 +249,13 @@ def test_a_shard_holds_as_many_bytes_as_requested(tmp_path, monkeypatch):
     for words in ([], ["--shard-gb", "0.5"], ["--shard-gb", "1e-12"]):
         assert main(["checkpoint", "convert", str(path), "--out", str(tmp_path / "x"), *words]) == 4
     assert told == [4 << 30, 1 << 29, 1]
+
+
+def test_layout_and_generators_of_two_processes_are_dropped(tmp_path, monkeypatch):
+    path = save_one(tmp_path / "c", 9, layout={"tp": 2})
+    monkeypatch.setattr(Checkpoint, "world_size", property(lambda self: 2))
+    assert main(["checkpoint", "convert", str(path), "--out", str(tmp_path / "new")]) == 0
+    monkeypatch.undo()
+    with Checkpoint(tmp_path / "new" / path.name) as made, Checkpoint(path) as old:
+        assert (made.layout, made.rng(0), made.world_size) == ({}, {}, 1) and made.state == old.state
+        assert old.layout == {"tp": 2} and set(old.rng(0)) == {"cpu"}

@@ -175,9 +175,3 @@ def test_a_converted_config_with_its_notes(tmp_path, monkeypatch, capsys):
     (tmp_path / "link.yml").symlink_to("nowhere.yml")
     assert main(["config", "convert", "old.yml", "-o", "link.yml"]) == 2
     assert "file already exists; where=link.yml" in capsys.readouterr().err
-
-
-def test_the_two_reference_pages_differ(files, capsys):
-    ours, theirs = output(capsys, "reference"), output(capsys, "reference", "--gpt-neox")
-    assert theirs.splitlines()[0] != ours.splitlines()[0] and "model.num_layers" in ours
-    assert ours.endswith("\n") and not ours.endswith("\n\n")

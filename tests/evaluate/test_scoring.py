@@ -7,6 +7,7 @@ import torch
 
 from neox.config.schema import ModelConfig
 from neox.evaluate.scoring import batches, complete, log_likelihoods, rolling_windows, truncate
+from neox.generate.generate import generate
 from neox.generate.sampling import SamplingParams
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
@@ -168,3 +169,11 @@ def test_long_sums_are_exact_and_half_precision_is_widened_first(model, monkeypa
     ((value, greedy),) = log_likelihoods(model, [([1, 2], [3, 4, 5, 6, 7])], max_length=16, batch_size=1)
     wanted = scores[0].double().log_softmax(-1)[range(1, 6), [3, 4, 5, 6, 7]].sum().item()
     assert value == pytest.approx(wanted, abs=1e-5) and greedy is False
+
+
+def test_a_continuation_is_greedy_if_every_token_is(model):
+    (best,) = generate(model, [[3, 4]], SamplingParams(4, 0.0))
+    wrong = [[*best[:i], (best[i] + 1) % 50, *best[i + 1 :]] for i in range(4)]
+    pairs = [([3, 4], tokens) for tokens in (best, *wrong)]
+    found = log_likelihoods(model, pairs, max_length=16, batch_size=3)
+    assert [greedy for _, greedy in found] == [True, False, False, False, False]
