@@ -146,7 +146,7 @@ def test_several_models_in_subfolders(tmp_path):
         ("zero/fp32.pt", None),
     ],
 )
-def test_a_single_file_tells_the_format(name, what, tmp_path):
+def test_a_single_file_identifies_the_format(name, what, tmp_path):
     make(tmp_path, [name])
     found = describe(tmp_path)
     if what is None:
@@ -154,7 +154,7 @@ def test_a_single_file_tells_the_format(name, what, tmp_path):
         return
     assert what in found.line() and found.where == tmp_path and found.do
     if "neox" not in what:
-        assert found.got in (name, name.split("/")[0])  # a folder can be what tells
+        assert found.got in (name, name.split("/")[0])  # a folder can identify it, too
 
 
 def test_links_to_folders_are_not_followed(tmp_path):

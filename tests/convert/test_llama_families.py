@@ -56,7 +56,7 @@ def test_a_parallel_stablelm_shares_its_norm(parallel):
     ],
 )
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
-def test_a_window_is_of_the_layers_that_the_file_says(model_type, changes, window):
+def test_a_window_is_of_the_layers_that_the_file_names(model_type, changes, window):
     given = QWEN3 | {"model_type": model_type, "use_sliding_window": True, "sliding_window": 7}
     assert config_from_json(given | changes).sliding_window == window
 

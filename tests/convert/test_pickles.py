@@ -77,7 +77,7 @@ def test_what_torch_save_did_not_make_is_refused(tmp_path, content):
         (None, "file cannot be read; where=.*; got=No such file or directory; do=copy it again"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path, content, problem):
+def test_what_is_wrong_with_a_file_is_reported(tmp_path, content, problem):
     if content is not None:
         (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=problem):

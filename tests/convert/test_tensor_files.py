@@ -84,7 +84,7 @@ def test_data_begins_after_the_header_at_a_multiple_of_64(tmp_path, names):
         assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
 
 
-def test_what_is_wrong_with_a_file_is_said(tmp_path):
+def test_what_is_wrong_with_a_file_is_reported(tmp_path):
     for name in ("1.safetensors", "2.safetensors"):
         save_file({"b": TENSORS["a"]}, tmp_path / name)
     with pytest.raises(CheckpointError, match=r"in two files; where=b; got=1\.safetensors, 2\.safetensors"):

@@ -82,7 +82,7 @@ def test_a_seed_is_the_hash_of_its_path():
         (Mesh(cp=2, dp=2, rank=3), ("dropout", 0, 1, 1)),
     ],
 )
-def test_the_default_generator_is_seeded_by_the_place_in_the_mesh(mesh, path):
+def test_the_default_generator_is_seeded_by_the_coordinates_in_the_mesh(mesh, path):
     seed_default_generators(7, mesh)
     assert torch.initial_seed() == derive_seed(7, *path)
 
