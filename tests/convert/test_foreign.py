@@ -108,6 +108,7 @@ def test_several_models_in_subfolders(tmp_path):
     make(tmp_path, [f"{name}/config.json" for name in "cbade"])
     found = describe(tmp_path)
     assert (found.got, found.do) == ("a, b, c, d", f"pass that folder: --from {tmp_path / 'e'}")
+    assert found.where == tmp_path
 
 
 @pytest.mark.parametrize(

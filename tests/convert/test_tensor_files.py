@@ -105,3 +105,10 @@ def test_a_tensor_read_twice_is_in_memory_of_its_own(tmp_path):
     files = TensorFiles([tmp_path / "x.safetensors"])
     files.tensor("a").zero_()
     assert torch.equal(files.tensor("a"), TENSORS["a"])
+
+
+def test_a_header_without_padding_is_read_to_its_end(tmp_path):
+    header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    data = torch.tensor([1.5, -2.0]).numpy().tobytes()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    assert TensorFiles([tmp_path / "x.safetensors"]).tensor("a").tolist() == [1.5, -2.0]
