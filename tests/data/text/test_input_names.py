@@ -205,6 +205,21 @@ def test_folders_come_after_the_files_next_to_them(tmp_path):
     assert found == ["a.txt", "c.txt", "a/x.txt", "b/z.txt", "b/a/y.txt"]
 
 
+def test_a_link_to_a_folder_on_the_way_is_a_loop_and_to_another_is_not(tmp_path, caplog):
+    deep = tmp_path / "in" / "sub" / "deep"
+    deep.mkdir(parents=True)
+    (tmp_path / "in" / "beside").mkdir()
+    for folder in (deep, tmp_path / "in" / "beside"):
+        (folder / "a.txt").write_text("")
+    (deep / "loop").symlink_to("../../sub")
+    (deep / "other").symlink_to("../../beside")
+    with caplog.at_level(logging.WARNING):
+        found = find_files([str(tmp_path / "in")])
+    assert found == [f"{tmp_path}/in/beside/a.txt", f"{deep}/a.txt"]
+    assert f"links to a folder that they are in, not followed: {deep}/loop" in caplog.text
+    assert f"reached twice, read once: {deep}/other/a.txt" in caplog.text
+
+
 def test_a_folder_whose_files_were_all_taken_before_is_not_empty(tmp_path, caplog):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("")

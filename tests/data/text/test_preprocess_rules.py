@@ -6,7 +6,7 @@ import numpy as np
 import orjson
 import pytest
 
-from neox.data.store.indexed import IndexedDataset
+from neox.data.store.indexed import IndexedDataset, IndexedWriter
 from neox.data.text.encoding import EncodedBlock, Encoding
 from neox.data.text.preprocess import (
     EXAMPLES,
@@ -21,7 +21,7 @@ from neox.data.text.preprocess import (
     require_documents,
     restore_partial_names,
 )
-from neox.data.text.progress import InputIdentity
+from neox.data.text.progress import InputIdentity, ProgressFile
 from neox.data.text.reading import BLOCK_BYTES, BadLine
 from neox.data.text.tokenizer import Tokenizer, train_tokenizer
 from neox.errors import ConfigError, DataError
@@ -262,3 +262,24 @@ def test_a_run_is_resumed_with_the_tokenizer_that_it_began_with(tokenizer, tmp_p
     assert [tokenizer.decode(ids) for ids in IndexedDataset(tmp_path / "out")] == [
         f"{text}<|endoftext|>" for text in TEXTS
     ]
+
+
+def test_files_get_their_names_before_the_progress_goes(tokenizer, tmp_path, monkeypatch):
+    """A kill at any of these moments can be resumed: bad lines first, then the dataset, then the progress."""
+    file = write_lines(tmp_path / "in.jsonl")
+    (tmp_path / "in.jsonl").write_bytes(b"{bad\n" + (tmp_path / "in.jsonl").read_bytes())
+    names = []
+    finish, remove = IndexedWriter.finish, ProgressFile.remove
+
+    def note(call):
+        def noted(self):
+            names.append({path.name.removeprefix("out.") for path in tmp_path.glob("out*")})
+            return call(self)
+
+        return noted
+
+    monkeypatch.setattr(IndexedWriter, "finish", note(finish))
+    monkeypatch.setattr(ProgressFile, "remove", note(remove))
+    preprocess([file], tmp_path / "out", Encoding(tokenizer.file), Options(bad_lines="quarantine"))
+    partial = {"bin.partial", "idx.partial", "progress.json", "quarantine.jsonl"}
+    assert names[1:] == [partial, {"bin", "idx", "json", "progress.json", "quarantine.jsonl"}]
