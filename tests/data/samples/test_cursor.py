@@ -222,7 +222,8 @@ def test_neox_order_keeps_its_epochs_under_other_weights_as_long_as_they_suffice
     try:
         run = RunDatasets(now, {"train": 30 + more}, SavedCursor("step_1", 30, cursor))
     except CheckpointError as problem:
-        assert needed > epoch - 3 and "the order of" in problem.got and "has 1 epochs -> 2" in problem.got
+        assert needed > epoch - 3 and f"the order of {sources['b'].prefix} has 1 epochs -> 2" in problem.got
+        assert sources["a"].prefix not in problem.got
         return
     assert needed < epoch + 1 and [source.epochs for source in run.cursor.sources] == [1, 1]
     read = tokens_of(run.parts["train"], 30, 30 + more)

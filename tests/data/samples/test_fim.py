@@ -403,5 +403,8 @@ def test_a_divider_stays_before_its_fragment(tokenizer):
     out = fim.document(ids, 9, Cuts(1, 1, 1, 1)).tolist()
     assert out == [*first, names[3], *second]
     assert fim.document(ids, 8, Cuts(1, 1, 1, 1)).tolist() == [*first, names[3], *b]  # no room for the sentinels
+    ended = np.append(ids, tokenizer.eod_id)  # which takes one token of the room
+    assert fim.document(ended, 9, Cuts(1, 1, 1, 1)).tolist() == [*first, names[3], *b, tokenizer.eod_id]
+    assert fim.document(ended, 10, Cuts(1, 1, 1, 1)).tolist() == [*first, names[3], *second, tokenizer.eod_id]
     whole = transform(tokenizer, split_sample=None, spm_rate=0.0).document(ids, 20, Cuts(1, 1)).tolist()
     assert whole[:3] == [names[0], *a, names[2]] and whole.count(names[0]) == 1
