@@ -322,8 +322,8 @@ def make_member(rank: int = 1, *, agent_store: bool = False) -> Member:
     [
         ({"process": "another"}, False, True),
         ({"process": "another"}, True, True),
-        ({"process": "own id"}, False, False),
-        ({"process": "own name"}, False, False),
+        ({"process": "id"}, False, False),
+        ({"process": "name"}, False, False),
         ({"process": "another", "time": 1.0}, True, False),  # of an attempt before this process
         ({"process": "another", "time": 1.0}, False, True),  # no store outlives its processes without an agent
         ({"process": "another", "code": None}, False, False),
@@ -332,7 +332,7 @@ def make_member(rank: int = 1, *, agent_store: bool = False) -> Member:
 def test_whose_refusal_ends_a_process(change, agent_store, refused):
     member = make_member(agent_store=agent_store)
     member.check_refused()
-    names = {"own id": member.id, "own name": process_name(), "another": "another"}
+    names = {"id": member.id, "name": process_name(), "another": "another"}
     notice = {**make_notice(2, 3, "error[3] x"), **change, "process": names[change["process"]]}
     member.store.set(REFUSED, json.dumps(notice))
     if refused:

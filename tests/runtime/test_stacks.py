@@ -75,7 +75,7 @@ def test_whose_collective_counts(thread, main, waits):
     ("module", "waits"),
     [("neox.parallel.collectives", True), ("neox.parallel.p2p", True), ("neox.parallel.mesh", False)],
 )
-def test_the_main_threads_own_collective_counts(module, waits):
+def test_a_collective_of_the_main_thread_counts(module, waits):
     """At any depth of its stack."""
     assert in_module(module, lambda: in_module("neox.engine", lambda: in_collective())())() == waits
 

@@ -173,7 +173,7 @@ def test_a_notice_has_a_line_two_numbers_and_a_time(change, valid):
         assert read_notice(json.dumps({name: value for name, value in notice.items() if name != key})) is None
 
 
-def test_a_notice_says_whose_it_is_and_when_it_was_made():
+def test_a_notice_names_whose_it_is_and_when_it_was_made():
     begin = time.time()
     notice = make_notice(3, 14, "error[14] y")
     assert begin <= notice.pop("time") <= time.time()
@@ -253,7 +253,7 @@ def test_a_process_under_an_agent_gives_rank_0_time_to_report_the_same_error(sto
     timer.join()
 
 
-def test_who_serves_the_store_itself_and_who_is_told_to_stop_does_not_wait(store, monkeypatch):
+def test_who_serves_the_store_itself_and_who_is_stopped_does_not_wait(store, monkeypatch):
     monkeypatch.setattr(wire.time, "sleep", lambda seconds: pytest.fail("waits"))
     notice = make_notice(1, 2, "error[2] unknown key")
     assert post_refusal(at(store.port), notice, 60.0) is False  # without an agent, the store is that of rank 0
@@ -261,7 +261,7 @@ def test_who_serves_the_store_itself_and_who_is_told_to_stop_does_not_wait(store
     assert post_refusal(at(free_port()), notice, 60.0, lambda: True) is None
 
 
-def test_a_connection_that_says_nothing_was_not_answered():
+def test_a_connection_that_sends_nothing_was_not_answered():
     """A port scan, or a health check."""
     port, told = free_port(), []
     notice = make_notice(0, 2, "error[2] x")

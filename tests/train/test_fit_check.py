@@ -141,7 +141,7 @@ def test_the_fullest_host_counts_with_all_of_its_processes(monkeypatch, have, ro
         assert room == Room(need, *expected[1:])
 
 
-def test_processes_of_a_host_have_their_place_in_common(monkeypatch):
+def test_processes_of_a_host_share_a_location(monkeypatch):
     places = []
 
     def all_gather(out, row):

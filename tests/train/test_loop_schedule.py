@@ -242,8 +242,8 @@ def test_when_replicas_are_compared(monkeypatch, interval, steps):
 
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "off", "rollback"])
-def test_a_spike_rolls_back_only_if_the_config_says_so(monkeypatch, policy):
-    """The step is neither recorded nor evaluated; the data goes on."""
+def test_a_spike_rolls_back_only_if_the_config_asks_for_it(monkeypatch, policy):
+    """The step is neither recorded nor evaluated; the data continues."""
     spikes = {3: {"spike": True}}
     run = Run(monkeypatch, results=spikes, evaluations={3: Evaluation(1.0, False)}, loss_spike=policy)
     train_step = run.train_step

@@ -179,7 +179,7 @@ def test_the_peak_is_counted_from_its_start(action, tmp_path):
 
 
 def memory_files(root: Path, groups: str, available: int = 1000, swap: int = 24) -> None:
-    """/proc of a host with so many kB available."""
+    """/proc of a host with that many kB available."""
     (root / "proc/self").mkdir(parents=True)
     free = f"MemTotal: 99999 kB\nMemFree: 7 kB\nMemAvailable: {available} kB\nSwapTotal: 99 kB\nSwapFree: {swap} kB\n"
     (root / "proc/meminfo").write_text(free)

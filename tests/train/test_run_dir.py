@@ -119,7 +119,7 @@ def test_when_checkpoints_are_missed(tmp_path, records, witness, left):
     ],
 )
 def test_what_is_left_of_a_run_whose_checkpoints_are_missing_is_named(tmp_path, metrics, left, got):
-    """A file that is no checkpoint, such as the lock of the start before, does not count."""
+    """A file other than a checkpoint, such as the lock of the start before, does not count."""
     run_dir = RunDir(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(metrics)
     note_checkpoint(run_dir, run_dir.checkpoints / "step_00000002")

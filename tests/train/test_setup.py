@@ -128,7 +128,7 @@ def test_only_the_first_process_prints_and_a_run_may_lose_lines_as_it_may_lose_c
     assert progress.log is None and progress.grad_norm == (rank == 1)
 
 
-def test_a_model_is_made_as_the_config_says(tmp_path, monkeypatch):
+def test_a_model_is_made_as_the_config_asks(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "GPT", lambda *arguments, **options: (arguments, options))
     keys = ("train.seed=5", "train.activation_checkpointing=full", "parallel.partition=[1, 1]", "parallel.pipeline=2")
     config, mesh = make_config(tmp_path, tmp_path, *keys), Mesh(pp=2)
@@ -137,7 +137,7 @@ def test_a_model_is_made_as_the_config_says(tmp_path, monkeypatch):
     assert options == {"seed": 5, "activation_checkpointing": "full", "partition": config.parallel.partition}
 
 
-def test_streams_are_restored_or_begin_anew_at_their_step(tmp_path, monkeypatch):
+def test_streams_are_restored_or_seeded_from_scratch_at_their_step(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "seed_default_generators", lambda *call: calls.append(call))
     monkeypatch.setattr(module, "restore_generators", lambda *call: calls.append(call))

@@ -206,7 +206,7 @@ def test_one_of_several_processes_starts_in_this_order(several, tmp_path, capfd,
 
 @pytest.mark.parametrize("fails_at", ["claim", "group", "compare", "fit", "build"])
 def test_an_error_of_one_of_several_processes_ends_it_with_the_code_of_all(several, tmp_path, capfd, fails_at):
-    """Before it has joined there is nobody to tell: whoever waits has been told by the rendezvous."""
+    """Before it has joined, the rendezvous has notified whoever waits."""
     config = make_config(tmp_path, tmp_path, "guard.hang_timeout=77")
     code, calls = several(config, fails_at=fails_at)
     if fails_at == "claim":
