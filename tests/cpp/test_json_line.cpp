@@ -178,6 +178,14 @@ void doubts() {
          {"\xFF", "\xC3", "\xC0\x80", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xE6\x97", "\x01", "\x1F", "\t", "\n"})
         leaves("{\"text\": \"a" + std::string(bytes) + "\"}");
     leaves(std::string("{\"text\": \"a\0\"}", 14));
+    // what follows would be right if the text ended there
+    for (const char* bad : {"\\x", "\\u12", "\\ud800", "\\udc00", "\x01", "\n", "\xFF", "\xC3", "\\"})
+        for (const char* rest : {"}", " }", ", \"b\": 1}", ",\"text\": \"c\"}"}) {
+            leaves("{\"text\": \"a" + std::string(bad) + rest);
+            leaves("{\"text\": \"a\", \"b\": \"" + std::string(bad) + rest);
+            leaves("{\"text\": \"a\", \"b\": [\"" + std::string(bad) + "]" + rest);
+            leaves("{\"text\": \"a\", \"b" + std::string(bad) + ": 1" + rest);
+        }
     leaves("{\"a\": " + std::string(100, '[') + std::string(100, ']') + ", \"text\": \"a\"}");
     gives("{\"a\": " + std::string(60, '[') + std::string(60, ']') + ", \"text\": \"a\"}", "a");
     leaves("{\"a\": " + std::string(1'000'000, '['));  // of any depth: the stack does not grow
