@@ -160,6 +160,14 @@ void normal_forms() {
     }
 }
 
+// The first and last characters of each length in UTF-8 are written as they were read.
+void characters_before_a_mark() {
+    for (const uint32_t code : {0x1u, 0x7Fu, 0x80u, 0x7FFu, 0x800u, 0xD7FFu, 0xE000u, 0xFFFFu, 0x10000u, 0x10FFFFu}) {
+        const std::string text = text_of({code, 0x301, 'x', code, 0x327, 0x301});
+        EXPECT_EQ(nfc(text), text);
+    }
+}
+
 void first_unstable_character() {
     const std::string text = "plain text, \xC3\xA9\xC3\xA9 e\xCC\x81 and e\xCC\x81.";
     const uint64_t first = text.find('\xCC'), second = text.rfind('\xCC');
@@ -195,6 +203,7 @@ int main() {
     every_code_point();
     bad_bytes_at_every_position();
     normal_forms();
+    characters_before_a_mark();
     first_unstable_character();
     character_classes();
     return tally.finish();
