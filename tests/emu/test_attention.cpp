@@ -98,10 +98,12 @@ std::vector<Case> sizes() {
 
 // All is a multiple of 16 bytes but one stride, the address or the length of a row.
 std::vector<Case> misaligned() {
-    const Case c{2, 20, 20, 4, 2, 32};
-    return {with(c, [](Case& c) { c.gap = 2; }),     with(c, [](Case& c) { c.group_gap = 2; }),
-            with(c, [](Case& c) { c.row_gap = 2; }), with(c, [](Case& c) { c.batch_gap = 2; }),
-            with(c, [](Case& c) { c.offset = 1; }),  with({1, 33, 33, 1, 1, 36}, [](Case& c) { c.gap = 4; })};
+    return {with({1, 20, 20, 1, 2, 32}, [](Case& c) { c.gap = 2; }),
+            with({1, 20, 20, 4, 1, 32}, [](Case& c) { c.group_gap = 2; }),
+            with({1, 20, 20, 1, 1, 32}, [](Case& c) { c.row_gap = 2; }),
+            with({2, 20, 20, 1, 1, 32}, [](Case& c) { c.batch_gap = 2; }),
+            with({1, 20, 20, 1, 1, 32}, [](Case& c) { c.offset = 1; }),
+            with({1, 20, 20, 1, 1, 36}, [](Case& c) { c.gap = 4; })};
 }
 
 // Tokens after a boundary, or of another document, do not change a bit of the results before it.
