@@ -130,7 +130,7 @@ def test_batch_sizes_over_the_replicas(micro, accumulation, total, sizes):
         ([], None),
         (["data.path=x", "data.train=[]"], None),
         (["data.text=[y]", "data.train=[]"], None),
-        (["data.validation=[v]", "evaluate.interval=5", "data.split=bad"], None),  # nothing else is checked
+        (["data.validation=[v]", "evaluate.interval=5", "model.head_dim=7"], None),  # nothing else is checked
     ],
 )
 def test_the_sources_alone_are_checked(overrides, what):
