@@ -1,4 +1,4 @@
-"""Which tests are those of a module: the file of its name, and others where that does not hold them."""
+"""Which tests are those of a module: the files that begin with its name, and others where these do not hold them."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def tests_of(root: Path, module: str) -> list[str]:
     elif path.parts[:2] == ("csrc", "ops"):
         found = [f"tests/ops/test_{path.parts[2]}.py"]
     else:
-        folder = Path("tests", *path.parts[1:-1])
-        found = [
-            str(folder / f"test_{path.stem.removeprefix('_')}.py"),
-            *(f"tests/{name}" for name in MORE.get(module, ())),
-        ]
+        folder, name = Path("tests", *path.parts[1:-1]), path.stem.removeprefix("_")
+        topics = [test.name for test in sorted((root / folder).glob(f"test_{name}_*.py"))]
+        topics = [test for test in topics if not (root / path.parent / test.removeprefix("test_")).exists()]
+        found = [str(folder / test) for test in (f"test_{name}.py", *topics)]
+        found += [f"tests/{test}" for test in MORE.get(module, ())]
     found = [name for name in dict.fromkeys(found) if (root / name).exists()]
     if not found:
         raise SystemExit(f"no tests of {module} are known; name them with --tests, or in {__name__}")
