@@ -374,3 +374,16 @@ def test_the_folder_of_a_run_may_exist_and_may_not_be_a_file(tmp_path):
         (found,) = conflicts(f"run.dir={tmp_path}/{name}")
         assert (found.what, found.keys) == ("run.dir is a file", ("run.dir",))
     assert conflicts(f"run.dir={tmp_path}/file/below") == []  # its creation reports why
+
+
+def test_every_key_of_deepspeed_is_checked():
+    found = conflicts(
+        "deepspeed={bf16: {enabled: true}, aio: 3, dump_state: true, wandb: {bogus: 1, other: 2}, amp: {}}"
+    )
+    assert [(conflict.what, conflict.keys[0]) for conflict in found] == [
+        ("DeepSpeed key that neox sets", "deepspeed.bf16"),
+        ("not a section", "deepspeed.aio"),
+        ("unknown DeepSpeed key", "deepspeed.wandb.bogus"),
+        ("unknown DeepSpeed key", "deepspeed.wandb.other"),
+        ("DeepSpeed removed this feature", "deepspeed.amp"),
+    ]
