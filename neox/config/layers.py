@@ -179,6 +179,7 @@ class Layers:
         """Set a value. It replaces what earlier layers set at the same key, above it and below it."""
         if len(leaf.path) == 1 and leaf.path[0] in Config.attributes() and leaf.value in (None, {}):
             return  # a section without keys, such as `train:`, sets nothing
+        self._divide_mappings(leaf.path)
         earlier = [
             path for path in self.settings if path[: len(leaf.path)] == leaf.path or leaf.path[: len(path)] == path
         ]
@@ -189,6 +190,15 @@ class Layers:
                 history = [(Origin(old.origin.source, old.origin.line), old.value), *old.origin.overridden]
         origin = Origin(origin.source, origin.line, (*origin.overridden, *history))
         self.settings[leaf.path] = Setting(leaf.value, origin, leaf.lines)
+
+    def _divide_mappings(self, path: tuple[str, ...]) -> None:
+        """Divide a mapping that --set gave above `path` into its keys, so that one of them can be replaced."""
+        for length in range(1, len(path)):
+            setting = self.settings.get(path[:length])
+            if setting is not None and isinstance(setting.value, dict):
+                del self.settings[path[:length]]
+                for name, value in setting.value.items():
+                    self.settings[(*path[:length], name)] = Setting(value, setting.origin, {})
 
     def _read(self, path: Path) -> str | None:
         """Read a file; None after a problem."""

@@ -327,3 +327,13 @@ def test_the_values_of_a_mapping_have_its_origin():
     }
     assert str(loaded.origins["model.head_dim"]) == str(loaded.origins["model.num_kv_heads"]) == "derived"
     assert str(loaded.origins["model.rope_scaling.beta_fast"]) == str(loaded.origins["train.train_iters"]) == "default"
+
+
+def test_one_key_of_a_mapping_that_set_gave_is_changed():
+    scaling = "model.rope_scaling={type: linear, factor: 2}"
+    found = load([], ["model.vocab_size=9", scaling, "model.rope_scaling.factor=4"]).config.model.rope_scaling
+    assert (found.type, found.factor) == ("linear", 4.0)
+    found = load([], ["model.vocab_size=9", "model.rope_scaling.beta_fast=9", scaling]).config.model.rope_scaling
+    assert (found.factor, found.beta_fast) == (2.0, 32.0)  # the complete mapping replaces what was set below it
+    given = load([], ["model.vocab_size=9", "deepspeed={a: {b: {c: 1}}}", "deepspeed.a.b.d=2"])
+    assert given.config.deepspeed == {"a": {"b": {"c": 1, "d": 2}}}
