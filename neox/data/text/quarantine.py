@@ -67,7 +67,7 @@ class Quarantine:
             raise self._write_error(error) from error
 
     def publish(self) -> None:
-        """Give the file its final name if it has a line. Later lines are dropped."""
+        """Give the file its final name if it has a line; else remove an earlier one. Later lines are dropped."""
         if self._file is None:
             return
         size = self.sync()
@@ -76,9 +76,10 @@ class Quarantine:
             self._file = None
             if size:
                 os.replace(self._partial, self.path)
-                sync_dir(self.path.parent)
             else:
                 self._partial.unlink(missing_ok=True)
+                self.path.unlink(missing_ok=True)
+            sync_dir(self.path.parent)
         except OSError as error:
             raise self._write_error(error) from error
 

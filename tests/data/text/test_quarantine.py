@@ -34,6 +34,16 @@ def test_appears_at_the_end_if_there_was_anything(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["q"]
 
 
+def test_a_run_without_bad_lines_removes_the_file_of_an_earlier_one(tmp_path):
+    (tmp_path / "q").write_bytes(record(BAD[0]))
+    with Quarantine(str(tmp_path / "q"), False):
+        pass
+    assert records(tmp_path / "q") == [(0, b"\xff0")]  # not this run's file
+    with Quarantine(str(tmp_path / "q"), True):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_resumes_after_the_durable_part(tmp_path):
     path = tmp_path / "q"
     with pytest.raises(KeyboardInterrupt), Quarantine(str(path), True) as kept:
