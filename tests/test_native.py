@@ -53,4 +53,4 @@ def test_a_core_that_is_missing_is_named_with_what_to_do(monkeypatch):
         load_again()
     line = caught.value.line()
     assert line.startswith("error[14] the dataset core is not built or does not load; where=neox._data; got=")
-    assert line.endswith("; do=pip install -e .")
+    assert line.endswith("; do=make setup, or pip install -e .")

@@ -12,7 +12,7 @@ import torch
 
 from neox.cli import doctor
 from neox.cli.main import main
-from neox.errors import EnvironmentProblem
+from neox.errors import INSTALL, EnvironmentProblem
 
 
 def broken() -> str:
@@ -143,7 +143,7 @@ def test_the_oldest_torch_that_will_do(monkeypatch, version, ok):
     (finding,) = doctor.torch_version()
     assert (finding.ok, finding.needed, finding.name) == (ok, True, "torch")
     wanted = f"{version}, {torch.get_num_threads()} threads" if ok else f"ImportError: {version} is older than 2.11"
-    assert finding.text == wanted and (ok or finding.do == "make setup")
+    assert finding.text == wanted and (ok or finding.do == INSTALL)
 
 
 @pytest.mark.parametrize(("version", "ok"), [((3, 10, 0), True), ((3, 9, 18), False), ((4, 0, 0), True)])
@@ -245,7 +245,7 @@ def test_every_package_is_imported_and_a_broken_one_fails(monkeypatch):
     numpy, yaml, absent = doctor.packages()
     assert numpy.text == importlib.import_module("numpy").__version__
     assert yaml.ok and yaml.text == importlib.import_module("yaml").__version__
-    assert (absent.ok, absent.needed, absent.do) == (False, True, "make setup")
+    assert (absent.ok, absent.needed, absent.do) == (False, True, INSTALL)
     assert absent.text.startswith("ModuleNotFoundError: ")
 
 

@@ -323,7 +323,7 @@ def test_every_command_is_listed_with_its_summary_and_can_be_parsed(capsys):
 )
 def test_the_option_that_was_meant(word, close):
     text = "[--prompt P] --max-new-tokens N see x--prompts"
-    assert cli.nearest_option(word, text) == close
+    assert cli.nearest_word(word, cli.option_names(text)) == close
 
 
 def test_a_wrong_value_names_the_command_and_its_help(monkeypatch, capsys):

@@ -335,7 +335,7 @@ def test_a_model_that_does_not_fit_is_explained_by_its_changed_keys(corpus, tmp_
     del before["hidden_size"]
     changes = model_changes(SimpleNamespace(model_config=before), config)
     assert "model.num_layers: 3 -> 2" in changes and len(changes) == 1 + ("tie_embeddings" in to_builtins(config.model))
-    for named, got in ((["a: 1 -> 2", "b: 3 -> 4"], "x; a: 1 -> 2, b: 3 -> 4"), ([], "x")):
+    for named, got in ((["a: 1 -> 2", "b: 3 -> 4"], "a: 1 -> 2, b: 3 -> 4; x"), ([], "x")):
         with pytest.raises(ModelMismatch) as problem, naming_changes(named):
             raise ModelMismatch("shapes differ", where="w", got="x", do="y")
         assert (problem.value.what, problem.value.where, problem.value.got, problem.value.do) == (
