@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from neox.config.gpt_neox.keys import GPT_NEOX_KEYS
-from neox.config.reference import config_reference, gpt_neox_reference
+from neox.config.reference import cell, config_reference, gpt_neox_reference
 from neox.config.values import known_keys
 
 
@@ -31,3 +31,7 @@ def test_a_line_has_type_default_meaning_and_the_name_of_gpt_neox():
         "| `model.parallel_residual` | boolean | `false` | x + attention(norm1(x)) + mlp(norm2(x)) instead of two "
         "sequential steps | `gpt_j_residual` |" in config_reference()
     )
+
+
+def test_a_cell_is_one_line_without_a_column_mark():
+    assert cell("a|b\nc") == "a\\|b c"

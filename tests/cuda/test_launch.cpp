@@ -34,9 +34,19 @@ void test_errors() {
     EXPECT(cudaGetLastError() == cudaSuccess);  // else torch's next check would report it as its own
 }
 
+void test_device() {
+    EXPECT(neox::multiprocessors() == 1 && neox::shared_memory_limit() == 48 << 10);  // nothing is known
+    state.device = {{cudaDevAttrMultiProcessorCount, 132},
+                    {cudaDevAttrMaxSharedMemoryPerBlock, 48 << 10},
+                    {cudaDevAttrMaxSharedMemoryPerBlockOptin, 227 << 10},
+                    {cudaDevAttrMaxSharedMemoryPerMultiprocessor, 228 << 10}};
+    EXPECT(neox::multiprocessors() == 132 && neox::shared_memory_limit() == 227 << 10);
+}
+
 }  // namespace
 
 int main() {
+    test_device();
     test_shared_memory();
     test_errors();
     return native_test::tally.finish();

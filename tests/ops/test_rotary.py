@@ -111,6 +111,15 @@ def test_ntk_without_trained_length_stretches_by_factor():
     torch.testing.assert_close(stretched, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("length", "stretch"), [(1, 1.0), (32, 1.0), (48, 2.0), (64, 3.0)])
+def test_ntk_with_a_trained_length_stretches_longer_texts_only(length, stretch):
+    """base (factor length / trained - (factor - 1))^(r / (r - 2)), as in transformers' dynamic scaling."""
+    scaling = RopeScaling(type="ntk", factor=2.0, original_max_position_embeddings=32)
+    found, _ = rotary_frequencies(8, length, 10000.0, scaling)
+    expected, _ = rotary_frequencies(8, length, 10000.0 * stretch ** (8 / 6))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("rotary_dim", [0, -2, 7])
 def test_odd_rotary_dim_is_refused(rotary_dim):
     with pytest.raises(ConfigError, match="rotary_dim must be even and positive"):

@@ -19,7 +19,12 @@ using cudaStream_t = void*;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrMaxSharedMemoryPerBlock,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor
+};
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
 
 namespace fake_runtime {
@@ -29,6 +34,7 @@ struct State {
     std::vector<size_t> launches;                 // bytes of dynamic shared memory
     cudaError_t launch_error = cudaSuccess;       // of the next launches
     cudaError_t last_error = cudaSuccess;
+    std::map<cudaDeviceAttr, int> device;  // known attributes of the device
 };
 inline State state;
 
@@ -55,6 +61,8 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : 227 << 10;
+    const auto found = fake_runtime::state.device.find(attribute);
+    if (found == fake_runtime::state.device.end()) return cudaErrorInvalidValue;
+    *value = found->second;
     return cudaSuccess;
 }

@@ -26,6 +26,7 @@ from neox.data.samples.cursor import (
     identify,
     matched_sources,
     overlap,
+    reading,
     same_shares,
     settings_of,
     tokenizer_of,
@@ -390,3 +391,16 @@ def test_documents_that_two_ranges_share(one, other, both):
 
 def test_a_range_is_named_by_its_first_and_last_document():
     assert [bounds(span) for span in ((0, 1), (1000, 2001), None)] == ["0 to 0", "1,000 to 2,000", "(not recorded)"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ({}, {"span": (0, 6)}, "data.split 1 -> 2: training reads documents 0 to 4 of a -> 0 to 5"),
+        ({"epochs": 2}, {"epochs": 3}, "data.order neox: the order of a has 2 epochs -> 3"),
+        ({"epochs": None}, {"epochs": 1}, "data.order neox: the order of a has None epochs -> 1"),
+        ({"epochs": 2}, {"epochs": 2, "files": {"tokens": A, "labels": A}}, "labels or rejected answers of a changed"),
+    ],
+)
+def test_how_a_dataset_is_read_differently(old, new, line):
+    assert reading(replace(BASE, **old), replace(BASE, **new), "1", "2") == line
