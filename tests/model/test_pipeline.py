@@ -42,6 +42,22 @@ def test_documents_positions_and_a_cache_reach_the_model():
     assert pipeline.token_losses(half, tokens, tokens).dtype == torch.float32
 
 
+def test_every_stage_makes_room_for_what_the_last_one_sends(monkeypatch):
+    """The stages before it know shape and dtype without having the result."""
+    received = []
+    monkeypatch.setattr(
+        pipeline, "broadcast_from_last_stage", lambda _, shape, dtype, mesh: received.append((shape, dtype))
+    )
+    tokens = draw(2, 9)
+    for model in (build("gpt2").bfloat16(), GPT(ModelConfig(**SIZES, output="score")).bfloat16()):
+        out = model(tokens)
+        pipeline.logits(model, tokens)
+        assert received.pop() == (tuple(out.shape), out.dtype)
+    model = build("gpt2").bfloat16()
+    pipeline.token_losses(model, tokens, tokens)
+    assert received.pop() == ((18,), torch.float32) == (tuple(model(tokens, tokens).shape), model(tokens, tokens).dtype)
+
+
 @pytest.mark.parametrize("run", [pipeline.logits, lambda *given, **o: pipeline.token_losses(*given, draw(1, 3), **o)])
 def test_ids_are_checked_unless_the_caller_did(run, monkeypatch):
     read = []
