@@ -167,7 +167,7 @@ def _found_at(path: Path) -> str:
 
 
 def listing(folder: Path) -> str:
-    """The content of a folder, for an error message, without the lock of this very run."""
+    """The content of a folder, for an error message, without the lock of the run."""
     if not folder.is_dir():
         return f"{folder} does not exist"
     names = sorted({*os.listdir(folder)} - {LOCK})

@@ -164,8 +164,9 @@ def test_a_run_without_resume_leaves_no_progress(tokenizer, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_the_seconds_of_an_interrupted_run_count(tokenizer, tmp_path):
-    file = write_lines(tmp_path / "in.jsonl")
+def interrupted(tokenizer, folder) -> tuple[str, Options]:
+    """The input of a run that was interrupted after twenty documents, and the options that resume it."""
+    file = write_lines(folder / "in.jsonl")
 
     def stop(summary: Summary) -> None:
         if summary.documents > 20:
@@ -173,7 +174,12 @@ def test_the_seconds_of_an_interrupted_run_count(tokenizer, tmp_path):
 
     options = Options(block_bytes=200, save_seconds=0, resume=True)
     with pytest.raises(KeyboardInterrupt):
-        preprocess([file], tmp_path / "out", Encoding(tokenizer.file), options, stop)
+        preprocess([file], folder / "out", Encoding(tokenizer.file), options, stop)
+    return file, options
+
+
+def test_the_seconds_of_an_interrupted_run_count(tokenizer, tmp_path):
+    file, options = interrupted(tokenizer, tmp_path)
     path = tmp_path / "out.progress.json"
     content = orjson.loads(path.read_bytes())
     content["summary"]["seconds"] = 1000.0
@@ -242,15 +248,7 @@ def test_a_run_that_fails_leaves_the_dataset_that_it_would_have_replaced(tokeniz
 
 def test_a_run_is_resumed_with_the_tokenizer_that_it_began_with(tokenizer, tmp_path):
     """By its content, whatever the path."""
-    file = write_lines(tmp_path / "in.jsonl")
-
-    def stop(summary: Summary) -> None:
-        if summary.documents > 20:
-            raise KeyboardInterrupt
-
-    options = Options(block_bytes=200, save_seconds=0, resume=True)
-    with pytest.raises(KeyboardInterrupt):
-        preprocess([file], tmp_path / "out", Encoding(tokenizer.file), options, stop)
+    file, options = interrupted(tokenizer, tmp_path)
     moved = (tmp_path / "t.json").rename(tmp_path / "moved.json")
     train_tokenizer(TEXTS, 299, tmp_path / "t.json", special_tokens=["<more>"])
     with pytest.raises(DataError, match="progress belongs to another run"):
