@@ -28,7 +28,7 @@ SMALL = 40  # lines: a module below this may be tested with its neighbours
 
 
 def native_sources(*folders: str) -> list[Path]:
-    """The C++ and CUDA files below the folders. Chosen by suffix: a Python script beside them leaves bytecode there."""
+    """The C++ and CUDA files below the folders, by suffix: a Python script next to them leaves bytecode there."""
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*"))]
     return [path for path in paths if path.suffix in NATIVE_SUFFIXES]
 
