@@ -228,7 +228,7 @@ def test_a_launch_gives_the_same_training_and_a_signal_to_one_rank_ends_it_with_
     endless = ["train.train_iters=100000", "schedule.decay_iters=20", "checkpoint.save_interval=0", "zero.stage=2"]
     running = start_training("deepspeed", 2, tmp_path, ["--conf", conf, "--set", *endless])
     metrics = tmp_path / "run" / "metrics.jsonl"
-    running.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 20, 120)
+    running.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 20, 400)
     launcher = running.processes[0].pid
     ranks = subprocess.run(
         ["pgrep", "-f", f"local_rank=1.*{conf}"], capture_output=True, text=True, check=True
@@ -238,7 +238,7 @@ def test_a_launch_gives_the_same_training_and_a_signal_to_one_rank_ends_it_with_
     ).stdout.split()
     (target,) = set(ranks) & set(family) - {str(launcher)} - set(children_that_launch(family))
     os.kill(int(target), signal.SIGUSR1)
-    result = running.wait(60)[0]
+    result = running.wait(200)[0]
     assert result.returncode == 10, result.output
     assert result.output.count("error[10]") == 1
     last = records(tmp_path / "run")[-1]["step"]
