@@ -28,7 +28,7 @@ INSTALLED := build/.installed$(subst $(SPACE),_,$(subst /,-,$(VENV)))
 PIP = $(PY) -m pip install -q -c constraints.txt --no-build-isolation
 REQUIREMENTS = import sys; from setuptools.config.pyprojecttoml import read_configuration as read; \
     project = read('pyproject.toml')['project']; print(*project['dependencies'], *(x for extra in sys.argv[1:] for x in project['optional-dependencies'][extra]))
-NATIVE := $(shell find csrc -type f)
+NATIVE := $(shell find csrc -type f -not -name '*.pyc')
 C_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup demo test native-test emulated-test oldest-torch parallel-test harness-test fault-test mutation-test cuda-check ptx-check ptx-test sweep fuzz gpu-bundle gpu-rehearsal docs wheel bench lint static-checks style types format clean

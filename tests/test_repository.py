@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -28,6 +29,24 @@ def make_targets(workflow: dict) -> set[str]:
             for target in re.findall(r"\bmake ([a-z-]+|\$\{\{ matrix\.target \}\})", step.get("run", "")):
                 found |= set(matrix["target"]) if "matrix" in target else {target}
     return found
+
+
+def test_bytecode_is_no_native_source(tmp_path):
+    """Tests leave it next to the script of the Unicode tables; newer than the installation, it would start it again."""
+    for name in ("csrc/data/byte_pair.cpp", "csrc/data/unicode_tables.inc", "csrc/data/__pycache__/unicode_tables.pyc"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    words = [
+        "make",
+        "--no-print-directory",
+        "-f",
+        str(ROOT / "Makefile"),
+        "--eval",
+        "print-native: ; @echo $(NATIVE)",
+        "print-native",
+    ]
+    printed = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert set(printed.split()) == {"csrc/data/byte_pair.cpp", "csrc/data/unicode_tables.inc"}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
