@@ -31,6 +31,7 @@ from neox.generate.session import Session
 from neox.model.dtypes import DTYPES
 from neox.model.gpt import GPT
 from neox.parallel.mesh import Mesh
+from neox.printing import printable
 from neox.runtime.signals import StopSignals
 
 EXAMPLE = """example:
@@ -49,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", required=True, help="run folder (its newest checkpoint), or one checkpoint folder"
     )
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be repeated")
-    parser.add_argument("--prompt-file", help="UTF-8 file with one prompt per line; only \\n and \\r\\n end a line")
+    parser.add_argument(
+        "--prompt-file",
+        help="UTF-8 file with one prompt per line; only \\n and \\r\\n end a line; empty lines are left out",
+    )
     parser.add_argument(
         "--unconditional", type=int, metavar="N", help="N texts that start after the end-of-document token"
     )
@@ -90,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON list of {prompt, text, tokens}")
     parser.add_argument("--jsonl", action="store_true", help="print one such object per line, batch by batch")
     parser.add_argument("--out", metavar="FILE", help="write to FILE instead of the terminal")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing FILE")
 
 
 def usable_device(name: str) -> str:
@@ -114,10 +119,13 @@ def usable_device(name: str) -> str:
 def run_tokenizer(checkpoint: Path, file: str | None) -> Tokenizer:
     """Return the tokenizer of a file or, without one, the tokenizer of the run.
 
+    A note on stderr reports a tokenizer other than the one that the training data was encoded with.
+
     Raises:
         ConfigError: neither exists, or the file has more ids than the model.
     """
-    config = loads(Checkpoint(checkpoint).config_lock)
+    stored = Checkpoint(checkpoint)
+    config = loads(stored.config_lock)
     section = config.tokenizer
     ends = () if section.special_ids is None else section.special_ids.ends()
     if file is not None:
@@ -130,6 +138,7 @@ def run_tokenizer(checkpoint: Path, file: str | None) -> Tokenizer:
                 want=f"at most {config.model.vocab_size}",
                 do="pass the tokenizer that the model was trained with",
             )
+        note_other_tokenizer(stored, tokenizer)
         return tokenizer
     if section.file is None:
         raise ConfigError("the run has no tokenizer", where=f"{checkpoint}: tokenizer.file", do="pass --tokenizer FILE")
@@ -140,7 +149,19 @@ def run_tokenizer(checkpoint: Path, file: str | None) -> Tokenizer:
             got=section.file,
             do="start in the working folder of the run, or pass --tokenizer FILE",
         )
-    return Tokenizer(section.file, section.eod_token, end_ids=ends)
+    tokenizer = Tokenizer(section.file, section.eod_token, end_ids=ends)
+    note_other_tokenizer(stored, tokenizer)
+    return tokenizer
+
+
+def note_other_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Report on stderr if the training data was encoded with another tokenizer: ids may mean other tokens."""
+    data = checkpoint.state.get("data")
+    settings = data.get("settings") if isinstance(data, dict) else None
+    trained = settings.get("tokenizer.file") if isinstance(settings, dict) else None
+    if trained not in (None, tokenizer.hash) and os.environ.get("RANK", "0") == "0":
+        file = printable(tokenizer.file)
+        print(f"note: {file} is not the tokenizer of the training data: its ids may mean other tokens", file=sys.stderr)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -162,6 +183,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
                 got=reason,
                 want="a UTF-8 text file, one prompt per line",
             ) from error
+        refuse_json_lines(args.prompt_file, lines)
         prompts += [line for line in lines if line]
     if not prompts:
         raise ConfigError(
@@ -170,6 +192,22 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             want="--prompt TEXT, --prompt-file FILE, --unconditional N or --interactive",
         )
     return prompts
+
+
+def refuse_json_lines(name: str, lines: list[str]) -> None:
+    """Refuse a file of JSON objects under a name that says so: its prompts would be the JSON's text.
+
+    Raises:
+        ConfigError: the name ends in .jsonl, .ndjson or .json, and the first line is an object.
+    """
+    if Path(name).suffix.lower() in (".jsonl", ".ndjson", ".json") and lines[0].lstrip().startswith("{"):
+        raise ConfigError(
+            "the prompts are JSON",
+            where=f"--prompt-file {name}",
+            got=lines[0][:80],
+            want="a text file, one prompt per line",
+            do="write the prompts alone, such as with jq -r .prompt",
+        )
 
 
 class Writer:
@@ -289,6 +327,8 @@ def run(args: argparse.Namespace) -> int:
             want="exactly one of --prompt (or --prompt-file), --unconditional, --interactive",
         )
     refuse_unused(args)
+    if args.out is not None:
+        check_output(args.out, overwrite=args.overwrite)  # before minutes of generation
     prompts = [] if args.interactive else [""] * args.unconditional if args.unconditional else read_prompts(args)
     # an interrupt raises KeyboardInterrupt while it waits for a line
     with contextlib.nullcontext(None) if args.interactive else StopSignals() as signals:
@@ -334,6 +374,8 @@ def refuse_unused(args: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("json", "jsonl", "out") if vars(args)[name]]
     if args.interactive and given:
         raise ConfigError("option does not apply to a dialogue", where=given[0], do="omit it, or omit --interactive")
+    if args.overwrite and not args.out:
+        raise ConfigError("option has no effect", where="--overwrite", want="--out FILE", do="omit it")
     if args.json and args.jsonl:
         raise ConfigError("conflicting options", where="neox generate", want="--json or --jsonl")
 
@@ -377,6 +419,22 @@ def first_tokens(tokenizer: Tokenizer, *, bos: bool = True) -> list[int]:
             do="pass --prompt, or set tokenizer.eod_token",
         )
     return [tokenizer.eod_id]
+
+
+def check_output(name: str, *, overwrite: bool) -> None:
+    """Check that a file can be created, and that it would not replace one that has content.
+
+    Raises:
+        ConfigError: the file exists.
+        DiskError: the folder is missing or cannot be written.
+    """
+    path = Path(name)
+    if path.is_file() and path.stat().st_size and not overwrite:
+        raise ConfigError("file already exists", where=f"--out {name}", do="choose another --out, or pass --overwrite")
+    folder = path.parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)) and not path.exists():
+        got = f"{folder} cannot be written" if folder.is_dir() else f"{folder} does not exist"
+        raise DiskError("cannot write the texts", where=name, got=got, do="choose another --out")
 
 
 @contextlib.contextmanager

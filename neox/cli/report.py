@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
-from neox.errors import DiskError
+from neox.errors import ConfigError, DiskError
 from neox.report.page import page
 from neox.report.runs import read_run
 
@@ -25,9 +26,11 @@ def run(args: argparse.Namespace) -> int:
     """Write the page and return 0.
 
     Raises:
+        ConfigError: the file exists and is no report.
         DataError: a folder is not that of a run.
         DiskError: the page cannot be written.
     """
+    refuse_other_files(args.out)
     runs = [read_run(folder) for folder in args.runs]
     html = page(runs)  # before an earlier report is replaced
     try:
@@ -49,3 +52,26 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"wrote {args.out}")
     return 0
+
+
+def refuse_other_files(name: str) -> None:
+    """Refuse to replace a file that has content and is no report.
+
+    Raises:
+        ConfigError: it is another file.
+        DiskError: it cannot be read.
+    """
+    path = Path(name)
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as file:
+            start = file.read(1024)
+    except OSError as error:
+        raise DiskError(
+            "cannot read the file to replace", where=name, got=error.strerror, do="choose another --out"
+        ) from error
+    if start and b"<title>neox report: " not in start:
+        raise ConfigError(
+            "file exists and is no report", where=f"--out {name}", do="choose another --out, or remove the file"
+        )

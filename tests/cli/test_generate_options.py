@@ -99,6 +99,41 @@ def test_prompts_of_the_command_line_precede_those_of_the_file(run_folder, told,
     assert capsys.readouterr().out == "".join(f"--- {prompt}{text}\n" for prompt in ("a", "b", "c 東", " d "))
 
 
+def test_an_existing_file_is_replaced_on_request_only(run_folder, told, tmp_path, capsys):
+    out = tmp_path / "mine.yml"
+    out.write_text("run: {dir: runs/mine}")
+    words = ["--checkpoint", run_folder, "--prompt", "a", "--out", out]
+    assert call(*words) == 2 and out.read_text() == "run: {dir: runs/mine}" and not told.loaded
+    assert f"file already exists; where=--out {out}; do=choose another --out, or pass" in capsys.readouterr().err
+    assert call(*words, "--overwrite") == 0 and out.read_text().startswith("a")
+    out.write_text("")  # as mktemp leaves it
+    assert call(*words) == 0 and out.read_text().startswith("a")
+    assert call("--checkpoint", run_folder, "--prompt", "a", "--out", "/dev/null") == 0
+    assert call(*words[:4], "--overwrite") == 2 and "option has no effect; where=--overwrite" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_model_is_loaded(run_folder, told, tmp_path, capsys):
+    words = ["--checkpoint", run_folder, "--prompt", "a", "--out"]
+    assert call(*words, tmp_path / "none" / "x.txt") == 5 and not told.loaded
+    assert f"where={tmp_path}/none/x.txt; got={tmp_path}/none does not exist; do=choose" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:  # root may write everywhere
+        patch.setattr(os, "access", lambda path, mode: not (mode == os.W_OK and path == tmp_path))
+        assert call(*words, tmp_path / "x.txt") == 5 and not told.loaded
+    assert f"got={tmp_path} cannot be written; do=choose" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "a.JSON", "x.ndjson"])
+def test_prompts_in_json_are_refused(run_folder, told, tmp_path, capsys, name):
+    (tmp_path / name).write_text('{"prompt": "hello"}\n')
+    assert call("--checkpoint", run_folder, "--prompt-file", tmp_path / name) == 2 and not told.loaded
+    error = capsys.readouterr().err
+    assert f"the prompts are JSON; where=--prompt-file {tmp_path / name}" in error and "do=write the prompts" in error
+    (tmp_path / "code.txt").write_text('{"a": 1}\n')  # a prompt for a model of code
+    (tmp_path / name).write_text("plain\n")
+    for file in ("code.txt", name):
+        assert call("--checkpoint", run_folder, "--prompt-file", tmp_path / file) == 0
+
+
 def test_a_line_feed_among_the_stops_is_written_as_n(run_folder, told, capsys):
     assert call("--checkpoint", run_folder, "--prompt", "a", "--stop", "\\n\\n", "--stop", "x") == 0
     is_done = told.calls[0][2]["is_done"]
@@ -117,7 +152,7 @@ def test_ids_that_end_a_text_and_the_name_of_the_end(run_folder, tmp_path):
     config = {"model": {"vocab_size": 1000}, "tokenizer": {"file": str(file), "eod_token": "<end>"}}
     config["tokenizer"]["special_ids"] = {"eos": [5, 7]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "Checkpoint", lambda path: SimpleNamespace(config_lock=json.dumps(config)))
+        patch.setattr(cli, "Checkpoint", lambda path: SimpleNamespace(config_lock=json.dumps(config), state={}))
         of_run, given = cli.run_tokenizer(path, None), cli.run_tokenizer(path, str(file))
         assert of_run.eod_id == Tokenizer(file).token_id("<end>") and of_run.end_ids == {of_run.eod_id, 5, 7}
         assert given.eod_id == 0 and given.end_ids == {0, 5, 7}
@@ -127,6 +162,28 @@ def test_ids_that_end_a_text_and_the_name_of_the_end(run_folder, tmp_path):
         config["tokenizer"] = {}
         with pytest.raises(ConfigError, match="the run has no tokenizer; where=.*: tokenizer.file; do=pass"):
             cli.run_tokenizer(path, None)
+
+
+def test_another_tokenizer_than_that_of_the_training_data_is_reported(run_folder, tmp_path, capsys, monkeypatch):
+    file = run_folder.parent / "tokenizer.json"
+    other = train_tokenizer(["other words"] * 9, 270, tmp_path / "other.json").file
+    config = json.dumps({"model": {"vocab_size": 1000}, "tokenizer": {"file": str(file)}})
+    state = {"data": {"settings": {"tokenizer.file": Tokenizer(file).hash}}}
+    monkeypatch.setattr(cli, "Checkpoint", lambda path: SimpleNamespace(config_lock=config, state=state))
+    cli.run_tokenizer(tmp_path, None), cli.run_tokenizer(tmp_path, str(file))
+    assert capsys.readouterr().err == ""
+    cli.run_tokenizer(tmp_path, str(other))
+    assert capsys.readouterr().err == (
+        f"note: {other} is not the tokenizer of the training data: its ids may mean other tokens\n"
+    )
+    monkeypatch.setenv("RANK", "1")  # one of several processes reports it
+    cli.run_tokenizer(tmp_path, str(other))
+    assert capsys.readouterr().err == ""
+    monkeypatch.delenv("RANK")
+    for unknown in ({}, {"data": None}, {"data": {"settings": {"tokenizer.file": None}}}):
+        state.clear(), state.update(unknown)
+        cli.run_tokenizer(tmp_path, str(other))
+    assert capsys.readouterr().err == ""
 
 
 def test_the_tokens_before_a_text_without_a_prompt(tmp_path, run_folder):

@@ -22,7 +22,8 @@ def test_report_of_two_runs(tmp_path, capsys):
 def test_a_page_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
     write_run(tmp_path / "a")
     out = tmp_path / "page.html"
-    out.write_text("earlier")
+    assert main(["report", str(tmp_path / "a"), "--out", str(out)]) == 0
+    earlier = out.read_text()
 
     def fail(runs):
         raise ZeroDivisionError
@@ -30,7 +31,22 @@ def test_a_page_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
     monkeypatch.setattr("neox.cli.report.page", fail)
     with pytest.raises(ZeroDivisionError):
         main(["report", str(tmp_path / "a"), "--out", str(out)])
-    assert out.read_text() == "earlier"
+    assert out.read_text() == earlier
+
+
+def test_another_file_is_not_replaced(tmp_path, capsys):
+    write_run(tmp_path / "a")
+    out = tmp_path / "mine.yml"
+    out.write_text("run: {dir: runs/mine}")
+    words = ["report", str(tmp_path / "a"), "--out", str(out)]
+    assert main(words) == 2 and out.read_text() == "run: {dir: runs/mine}"
+    assert f"file exists and is no report; where=--out {out}; do=choose" in capsys.readouterr().err
+    out.write_text("")
+    assert main(words) == 0
+    first = out.read_text()
+    write_run(tmp_path / "b")
+    assert main(["report", str(tmp_path / "b"), "--out", str(out)]) == 0 and out.read_text() != first
+    assert main(["report", str(tmp_path / "a"), "--out", "/dev/null"]) == 0
 
 
 def test_what_is_no_run_and_where_nothing_can_be_written(tmp_path, capsys):
