@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from neox.data.text.input_files import FOLDER_SUFFIXES, FORMS, find_files
-from neox.data.text.reading import BadLine, parse, read_blocks
+from neox.data.text.reading import BadLine, bad_line_error, parse, read_blocks
 from neox.data.text.tokenizer import EOD_NAMES, train_tokenizer
 from neox.errors import DataError
 from neox.printing import counted, json_line
@@ -109,5 +109,4 @@ def documents(files: Sequence[str], key: str, bad_lines: str, form: str = "auto"
                 yield from parsed.texts
                 bad = parsed.bad
             if bad and bad_lines == "fail":
-                do = "fix the input, or pass --bad-lines skip"
-                raise DataError("bad line" if bad[0].line else "bad file", where=bad[0].where, got=bad[0].reason, do=do)
+                raise bad_line_error(bad[0], "skip")

@@ -107,7 +107,7 @@ def test_documents_of_every_line_and_the_first_bad_one(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{oops}\n{"text": "two"}\n[]\n{"text": "three"}\n')
     files = [str(tmp_path / "a.jsonl")]
     assert list(cli.documents(files, "text", "skip")) == ["one", "two", "three"]
-    with pytest.raises(DataError, match=r"bad line; where=.*a\.jsonl:2; got=not JSON.*; do=fix the input, or pass"):
+    with pytest.raises(DataError, match=r"bad line; where=.*a\.jsonl:2; got=not JSON.*; do=fix the input, or leave"):
         list(cli.documents(files, "text", "fail"))
     bad = BadLine("a.gz", 0, "cut short", b"")
     monkeypatch.setattr(cli, "read_blocks", lambda files, form: [[bad]])

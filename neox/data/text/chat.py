@@ -18,9 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neox.data.store.indexed import IndexedWriter, token_dtype
-from neox.data.text.preprocess import DEFAULTS, Options, Summary, bad_line_error, encoded_by_processes
+from neox.data.text.preprocess import DEFAULTS, Options, Summary, encoded_by_processes
 from neox.data.text.quarantine import Quarantine
-from neox.data.text.reading import BLOCK_BYTES, BadLine, TextChunk, is_unicode, parse_object, read_blocks
+from neox.data.text.reading import (
+    BLOCK_BYTES,
+    BadLine,
+    TextChunk,
+    bad_line_error,
+    is_unicode,
+    parse_object,
+    read_blocks,
+)
 from neox.data.text.template_process import Messages, RefusedConversation, TemplateProcess
 from neox.data.text.tokenizer import Tokenizer
 from neox.errors import ConfigError, DataError

@@ -22,7 +22,7 @@ from neox.data.text.byte_level import Unsupported
 from neox.data.text.encoding import Block, EncodedBlock, Encoding, HFEncoder, NativeEncoder, encoder_for
 from neox.data.text.progress import SOURCE_FIELDS, InputIdentity, ProgressFile, ResumePoint, finished_sidecar
 from neox.data.text.quarantine import Quarantine
-from neox.data.text.reading import BLOCK_BYTES, BadLine, read_blocks
+from neox.data.text.reading import BLOCK_BYTES, BadLine, bad_line_error, read_blocks
 from neox.data.text.tokenizer import TokenizerFile
 from neox.data.text.worker_processes import worker_processes
 from neox.errors import ConfigError, DataError
@@ -243,12 +243,6 @@ class Output:
             else:
                 self.progress_file.remove()
             raise
-
-
-def bad_line_error(bad: BadLine) -> DataError:
-    """The error for a bad line under "fail"."""
-    do = "fix the input, or leave bad lines out: neox preprocess --bad-lines skip (or quarantine)"
-    return DataError("bad line" if bad.line else "bad file", where=bad.where, got=bad.reason, do=do)
 
 
 def require_documents(summary: Summary, files: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ BLOCK_BYTES = 1 << 20
 START_BYTES = 1 << 16  # of a file; its content may decide how the file is read
 LONGEST_DOCUMENT = 1 << 28  # bytes of the longest line or text file that is read
 LARGEST_WINDOW = 1 << 31  # bytes of memory that a zstd file may ask for, as with `zstd -d --long=31`
+NAMED_KEYS = 8  # of a line that lacks the key of the text
 BOM = b"\xef\xbb\xbf"
 
 
@@ -53,6 +54,22 @@ class BadLine:
     def where(self) -> str:
         """FILE:LINE, or FILE."""
         return f"{printable(self.path)}:{self.line}" if self.line else printable(self.path)
+
+
+def bad_line_error(bad: BadLine, others: str = "skip (or quarantine)") -> DataError:
+    """The error for a bad line that is not left out. If it lacks a key, the error names those that it has.
+
+    Args:
+        bad: the line, or the file.
+        others: values of --bad-lines that leave it out.
+    """
+    do, got = f"fix the input, or leave bad lines out: --bad-lines {others}", bad.reason
+    if got.startswith("no key") and bad.content is not None:
+        names = list(parse_object(bad.content)[0])[:NAMED_KEYS]
+        got += f"; the line has {printable(', '.join(map(repr, names))) or 'none'}"
+        chat = ", or read conversations with neox preprocess --chat" if "messages" in names else ""
+        do = f"name the key with --json-key{chat}; or {do}"
+    return DataError("bad line" if bad.line else "bad file", where=bad.where, got=got, do=do)
 
 
 @dataclass(frozen=True)
@@ -158,7 +175,7 @@ def parse_line(line: bytes, key: str) -> tuple[str, str | None]:
         return "", f"no key {key!r}"
     text = value[key]
     if not isinstance(text, str):
-        return "", f"key {key!r} is a {type(text).__name__} and not a string"
+        return "", f"the value of {key!r} is not a string: {type(text).__name__}"
     return (text, None) if is_unicode(text) else ("", LONE_SURROGATE)
 
 

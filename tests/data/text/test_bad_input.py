@@ -62,13 +62,13 @@ CORPORA: dict[str, tuple[bytes, list[str], dict[int, str], int, int]] = {
     "nested": (
         between(b"[" * 100_000, b'{"text": {"text": "a"}}', b'{"x": [{"text": "no"}], "text": "b"}', b'{"text": ' + b"[" * 3000 + b"]" * 3000 + b"}"),
         ["b"],
-        {2: "not JSON: depth", 3: "key 'text' is a dict", 5: "not JSON: depth"},
+        {2: "not JSON: depth", 3: "the value of 'text' is not a string: dict", 5: "not JSON: depth"},
         0,
         0,
     ),
     "empty documents": (between(b'{"text": ""}', b"", b"   ", b'{"text": "b"}', b'{"text": ""}'), ["b"], {}, 2, 2),
-    "a key twice": (between(b'{"text": 1, "text": "b"}', b'{"text": "a", "text": 1}'), ["b"], {3: "key 'text' is a int"}, 0, 0),
-    "no string, no object": (between(b'{"text": null}', b'{"text": "b"}', b"7"), ["b"], {2: "key 'text' is a NoneType", 4: "a JSON int"}, 0, 0),
+    "a key twice": (between(b'{"text": 1, "text": "b"}', b'{"text": "a", "text": 1}'), ["b"], {3: "the value of 'text' is not a string"}, 0, 0),
+    "no string, no object": (between(b'{"text": null}', b'{"text": "b"}', b"7"), ["b"], {2: "the value of 'text' is not a string: NoneType", 4: "a JSON int"}, 0, 0),
     "as Python writes it": (
         between(
             b'{"text": "nan", "score": NaN}',
@@ -80,7 +80,7 @@ CORPORA: dict[str, tuple[bytes, list[str], dict[int, str], int, int]] = {
             b'{"text": nan}',
         ),
         ["nan", "infinity", "exponent", "digits", "surrogate elsewhere"],
-        {7: "key 'text' is a float", 8: "not JSON"},
+        {7: "the value of 'text' is not a string: float", 8: "not JSON"},
         0,
         0,
     ),

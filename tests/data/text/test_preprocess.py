@@ -99,7 +99,7 @@ def test_bad_lines_by_policy(tokenizer, lines, tmp_path):
         f"{lines}:5",
         f"{lines}:7",
     ] and skipped.quarantine is None
-    assert dict(skipped.bad_reasons) == {"not JSON": 1, "key 'text' is a int and not a string": 1}
+    assert dict(skipped.bad_reasons) == {"not JSON": 1, "the value of 'text' is not a string": 1}
     kept = preprocess([str(lines)], tmp_path / "out", Encoding(tokenizer.file), bad_lines="quarantine", overwrite=True)
     records = [orjson.loads(line) for line in Path(kept.quarantine).read_bytes().splitlines()]
     assert [base64.b64decode(record["content_base64"]) for record in records] == [b'{"text": "\xff"}', b'{"text": 3}']

@@ -14,7 +14,6 @@ from neox.data.text.preprocess import (
     WAITING,
     Options,
     Summary,
-    bad_line_error,
     finished_summary,
     in_order,
     preprocess,
@@ -89,15 +88,6 @@ def test_blocks_are_added_up():
         summary.add(EncodedBlock(np.zeros(tokens), np.array(sizes), [], blank=1, empty=3, text_bytes=10 * tokens))
     counts = (summary.documents, summary.tokens, summary.text_bytes, summary.blank_lines, summary.empty_documents)
     assert counts == (3, 6, 60, 2, 6) and (summary.bad_lines, summary.files) == (0, 2)
-
-
-def test_a_bad_file_is_named_as_one():
-    for bad, message in (
-        (BadLine("a.jsonl", 7, "why", None), "bad line; where=a.jsonl:7; got=why"),
-        (BadLine("a.txt", 0, "why", None), "bad file; where=a.txt; got=why"),
-    ):
-        with pytest.raises(DataError, match=f"{message}; do=fix the input, or leave bad lines out"):
-            raise bad_line_error(bad)
 
 
 def test_input_without_documents_names_three_files():

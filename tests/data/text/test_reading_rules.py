@@ -15,6 +15,7 @@ from neox.data.text.reading import (
     START_BYTES,
     BadLine,
     TextChunk,
+    bad_line_error,
     damage_of,
     is_unicode,
     parse,
@@ -175,11 +176,36 @@ def test_numbers_beyond_the_standard(line, value):
 def test_texts_and_keys_of_a_line():
     assert parse_line(b'{"body": "b", "text": "t"}', "body") == ("b", None)
     assert parse_line(b'{"body": "b"}', "text") == ("", "no key 'text'")
-    assert parse_line(b'{"text": [1]}', "text") == ("", "key 'text' is a list and not a string")
-    assert parse_line(b'{"text": true}', "text") == ("", "key 'text' is a bool and not a string")
+    assert parse_line(b'{"text": [1]}', "text") == ("", "the value of 'text' is not a string: list")
+    assert parse_line(b'{"text": true}', "text") == ("", "the value of 'text' is not a string: bool")
     assert parse_line(b'"text"', "text") == ("", "a JSON str and not an object")
     assert parse_line(json.dumps({"text": "\ud83d"}).encode(), "text") == ("", "not JSON: a lone surrogate in the text")
     assert [is_unicode(text) for text in ("", "é😀", "a\udc00")] == [True, True, False]
+
+
+def test_a_bad_file_is_named_as_one():
+    for bad, message in (
+        (BadLine("a.jsonl", 7, "why", None), "bad line; where=a.jsonl:7; got=why"),
+        (BadLine("a.txt", 0, "why", None), "bad file; where=a.txt; got=why"),
+    ):
+        with pytest.raises(DataError, match=f"{message}; do=fix the input, or leave bad lines out: --bad-lines skip"):
+            raise bad_line_error(bad)
+
+
+def test_a_line_without_the_key_names_those_that_it_has():
+    def error(content: bytes, *others: str) -> str:
+        return bad_line_error(BadLine("a.jsonl", 1, "no key 'text'", content), *others).line()
+
+    assert error(b'{"content": "a", "id": 1}') == (
+        "error[3] bad line; where=a.jsonl:1; got=no key 'text'; the line has 'content', 'id'; "
+        "do=name the key with --json-key; or fix the input, or leave bad lines out: --bad-lines skip (or quarantine)"
+    )
+    assert "has none; do=" in error(b"{}") and "or leave bad lines out: --bad-lines skip" in error(b"{}", "skip")
+    assert "--json-key, or read conversations with neox preprocess --chat; or" in error(b'{"messages": []}')
+    many = error(b"{" + b", ".join(b'"k%d": 0' % i for i in range(30)) + b"}")
+    assert "'k7'; do=" in many and "'k8'" not in many
+    with_escape = error(b'{"a\\u001b[2J": 1}')
+    assert "\x1b" not in with_escape
 
 
 def test_lines_of_a_chunk_are_numbered_from_its_own(tmp_path):
