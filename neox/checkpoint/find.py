@@ -67,21 +67,27 @@ def _refuse_existing(root: Path) -> None:
 
 def _newest_good(root: Path, ranks: RankGroup, required: bool) -> Path | None:
     lists = ranks.run_on_all(
-        lambda: [
+        lambda: (
             [str(folder.path) for folder in reversed(scan(root)) if folder.manifest],
-            [str(folder.problem) for folder in damaged(root)],
-        ]
+            [_texts(folder.problem) for folder in damaged(root) if folder.problem],
+        )
     )
     candidates, bad = lists[0]
     for name in candidates:
         problem = _first_problem(Path(name), ranks)
         if problem is None:
-            for line in bad:
+            for line, _ in bad:
                 LOG.warning("skipped checkpoint: %s", line)
             return Path(name)
-        bad.append(str(problem))
-    ranks.run_on_all(lambda: _refuse_silence(root, bad, required))
+        bad.append(_texts(problem))
+    ranks.run_on_all(lambda: _refuse_silence(root, [brief for _, brief in bad], required))
     return None
+
+
+def _texts(problem: CheckpointError) -> tuple[str, str]:
+    """The line of an error, and its facts without the advice, which would point to another of those listed."""
+    facts = [str(part) for part in (problem.where, problem.what, problem.got) if part is not None]
+    return problem.line(), ": ".join(facts)
 
 
 def damaged(root: Path) -> list[StepFolder]:
@@ -92,7 +98,7 @@ def damaged(root: Path) -> list[StepFolder]:
 
 def _refuse_silence(root: Path, bad: list[str], required: bool) -> None:
     """Raises CheckpointError where training must not start at step 0 silently."""
-    restore = "restore it, or choose another run.dir"
+    restore = "restore one of them, or choose another run.dir"
     if bad:
         raise CheckpointError("all checkpoints of the run are damaged", where=root, got=" | ".join(bad), do=restore)
     hint = read_latest(root)
@@ -163,7 +169,8 @@ def _found_at(path: Path) -> str:
     runs = [name for name in names if name == "checkpoints" or (above / name / "checkpoints").is_dir()]
     steps = [folder.path.name for folder in scan(above)]
     there = ", ".join((steps or runs)[-LISTED:])
-    return f"no such folder; {above} holds {there}" if there else "no such folder"
+    place = "the working folder" if above == Path() else above
+    return f"no such folder; {place} holds {there}" if there else "no such folder"
 
 
 def listing(folder: Path) -> str:

@@ -113,7 +113,7 @@ class ShardReader:
         want = segment.blocks[index]
         if actual == want:
             return None
-        location, do = f"{self.path}: {segment.key}, bytes {low} on", "resume from an older checkpoint"
+        location, do = f"{self.path}: {segment.key}, bytes {low} on", "use an older checkpoint"
         if actual is None:
             return CheckpointError("file has become shorter", where=location, want=f"{self.file.size} bytes", do=do)
         return CheckpointError(

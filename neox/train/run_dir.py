@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -18,6 +19,7 @@ from neox.train.metrics import METRICS
 from neox.train.progress import Progress, close_log
 
 WITNESS = "has_checkpoints"
+CONFIG_LOCK = "config.lock.yml"
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,28 @@ class RunDir:
 def claim(config: Config, run_dir: RunDir, stack: contextlib.ExitStack) -> None:
     """First process: lock the run's folder and check that it can be written. Existing files stay unchanged.
 
+    Folders that it creates are removed when `stack` closes, unless the start was accepted.
+
     Raises:
         DiskError: it cannot be written.
         CheckpointError: another job holds it, or its checkpoints were removed.
     """
     if config.checkpoint.resume in ("auto", "must"):
         refuse_lost_checkpoints(run_dir)
+    created = [folder for folder in (run_dir.checkpoints, run_dir.path) if not folder.exists()]
     make_dirs(run_dir.checkpoints)
+    stack.callback(remove_unused, run_dir, created)  # after the file of the lock
     stack.callback(FolderLock(run_dir.checkpoints).release)
     probe(run_dir.checkpoints)
+
+
+def remove_unused(run_dir: RunDir, created: Sequence[Path]) -> None:
+    """Remove the empty folders of a start that was refused."""
+    if (run_dir.path / CONFIG_LOCK).exists():
+        return
+    for folder in created:
+        with contextlib.suppress(OSError):  # another start may use it by now
+            folder.rmdir()
 
 
 def accept(config: Config, run_dir: RunDir, progress: Progress, stack: contextlib.ExitStack) -> None:
@@ -57,7 +72,7 @@ def accept(config: Config, run_dir: RunDir, progress: Progress, stack: contextli
         DiskError: the folder cannot be written.
     """
     collect_leftovers(run_dir.checkpoints)
-    write_durably(run_dir.path / "config.lock.yml", dump(config).encode(), sole_writer=True)
+    write_durably(run_dir.path / CONFIG_LOCK, dump(config).encode(), sole_writer=True)
     stack.callback(close_log, open_log(run_dir, progress))
 
 

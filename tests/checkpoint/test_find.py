@@ -171,6 +171,9 @@ def test_every_damaged_checkpoint_is_listed_where_none_is_left(tmp_path):
         find(tmp_path, "auto")
     assert caught.value.where == tmp_path
     assert all(f"step_{step:08d}" in caught.value.got for step in (9, 10, 11))
+    assert caught.value.do == "restore one of them, or choose another run.dir"
+    # no advice of one of them: it would point to another that is damaged too
+    assert caught.value.got.count(" | ") == 2 and "do=" not in caught.value.got and "error[" not in caught.value.got
 
 
 def test_an_unfinished_save_is_no_reason_not_to_start(tmp_path):
@@ -188,7 +191,7 @@ def test_never_lists_all_that_is_there(tmp_path):
         find(tmp_path, "never")
 
 
-def test_the_nearest_folder_above_a_wrong_path_is_listed(tmp_path):
+def test_the_nearest_folder_above_a_wrong_path_is_listed(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="got=no such folder; want"):
         resolve(tmp_path / "a" / "b" / "c")
     for number in range(25):
@@ -201,6 +204,9 @@ def test_the_nearest_folder_above_a_wrong_path_is_listed(tmp_path):
         resolve(tmp_path / "run" / "checkpoint" / "step_00000024")
     with pytest.raises(CheckpointError, match=f"got=no such folder; {tmp_path} holds run; want"):
         resolve(tmp_path / "rum" / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="where=newest; got=no such folder; the working folder holds run; want"):
+        resolve("newest")
 
 
 def test_the_path_of_a_damaged_checkpoint_lists_what_is_valid_besides(tmp_path):

@@ -161,7 +161,7 @@ def test_a_damaged_block_is_reported_by_its_own_read_only(saved):
     out = torch.zeros(COUNT - 2)
     answers = [read() for read in reader.reads(reader.file.segments[0], 1, out)]
     assert [answer is None for answer in answers] == [True, False, True, True]
-    assert f"bytes {BLOCK} on" in answers[1].where and answers[1].do == "resume from an older checkpoint"
+    assert f"bytes {BLOCK} on" in answers[1].where and answers[1].do == "use an older checkpoint"
     assert answers[1].want == f"xxh3 {reader.file.segments[0].blocks[1]}" != answers[1].got
     assert torch.equal(out[: BLOCK // 4 - 1], torch.arange(1.0, BLOCK // 4))
 

@@ -31,6 +31,20 @@ def test_the_folder_of_a_new_run_is_locked_and_empty_until_the_start_is_accepted
         progress.report("after")
     assert (tmp_path / "run" / "log.txt").read_text() == "before\nafter\n"
     assert (tmp_path / "run" / "config.lock.yml").read_text() == dump(config_of(tmp_path / "run"))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []  # nothing was saved; a resume looks for the folder
+
+
+@pytest.mark.parametrize("there", [[], ["notes.txt"], ["checkpoints/"], ["checkpoints/notes.txt"]])
+def test_a_refused_start_leaves_what_was_there(tmp_path, there):
+    run = tmp_path / "run"
+    for name in there:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).mkdir() if name.endswith("/") else (run / name).write_text("mine")
+    before = sorted(map(str, tmp_path.rglob("*")))
+    with pytest.raises(ZeroDivisionError), contextlib.ExitStack() as stack:
+        claim(config_of(run), RunDir(run), stack)
+        raise ZeroDivisionError  # such as data that is missing
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
 def test_a_later_start_removes_leftovers_and_appends_to_the_log(tmp_path):
