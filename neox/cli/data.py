@@ -324,6 +324,13 @@ def run_overlap(args: argparse.Namespace) -> int:
             name: [statistics_of(*place) for place in places]
             for name, places in documents_of_parts(load_config(*args.conf)).items()
         }
+        if len(parts) < 2:
+            raise ConfigError(
+                "no two datasets to compare",
+                where=" ".join(args.conf),
+                got=f"documents for {', '.join(parts)} only",
+                want="validation or test data, named or by data.split",
+            )
     else:
         first, second = (IndexedDataset(prefix) for prefix in args.prefix)
         common_tokenizer([first, second], "")

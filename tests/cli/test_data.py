@@ -97,6 +97,11 @@ def test_overlap_within_the_parts_of_a_config(prefix, tmp_path, capsys, order):
     values["data"] = {"train": [str(tmp_path / "whole")], "validation": [prefix]}
     (tmp_path / "run.yml").write_text(json.dumps(values))
     assert main(["data", "overlap", "--conf", str(tmp_path / "run.yml")]) == 0
+    values["data"] = {"path": str(tmp_path / "whole"), "split": "1,0,0", "order": order}
+    (tmp_path / "run.yml").write_text(json.dumps(values))
+    capsys.readouterr()
+    assert main(["data", "overlap", "--conf", str(tmp_path / "run.yml")]) == 2
+    assert f"where={tmp_path}/run.yml; got=documents for train only; want=validation" in capsys.readouterr().err
 
 
 def test_inspect_of_an_empty_dataset(tmp_path, capsys):
