@@ -61,9 +61,9 @@ def read_number(environment: Mapping[str, str], name: str, low: int, high: int) 
         raise EnvironmentProblem(
             "a launcher's variable is wrong",
             where=name,
-            got=text,
+            got="not set" if text is None else text,
             want=f"a number from {low} to {high}",
-            do="start with deepspeed, torchrun, srun, mpirun, or plain python",
+            do="start with deepspeed, torchrun, srun or mpirun; for one process unset RANK and WORLD_SIZE",
         )
     return int(text)
 
