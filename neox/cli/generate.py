@@ -195,7 +195,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def refuse_json_lines(name: str, lines: list[str]) -> None:
-    """Refuse a file of JSON objects under a name that says so: its prompts would be the JSON's text.
+    """Refuse a file of JSON objects by its suffix: each line would become a prompt with its braces and quotes.
 
     Raises:
         ConfigError: the name ends in .jsonl, .ndjson or .json, and the first line is an object.

@@ -31,7 +31,7 @@ def test_the_folder_of_a_new_run_is_locked_and_empty_until_the_start_is_accepted
         progress.report("after")
     assert (tmp_path / "run" / "log.txt").read_text() == "before\nafter\n"
     assert (tmp_path / "run" / "config.lock.yml").read_text() == dump(config_of(tmp_path / "run"))
-    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []  # nothing was saved; a resume looks for the folder
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []  # exists for a resume, which reads it
 
 
 @pytest.mark.parametrize("there", [[], ["notes.txt"], ["checkpoints/"], ["checkpoints/notes.txt"]])
