@@ -52,7 +52,11 @@ DEFAULTS = [
     ("train", {"files": [], "conf": [], "conf_dir": None, "set": [], "local_rank": None}),
     (
         "generate --checkpoint c",
-        MODEL | SAMPLING | PROMPTS | JSON | {"checkpoint": "c", "no_cache": False, "jsonl": False, "out": None},
+        MODEL
+        | SAMPLING
+        | PROMPTS
+        | JSON
+        | {"checkpoint": "c", "no_cache": False, "jsonl": False, "out": None, "overwrite": False},
     ),
     (
         "evaluate --checkpoint c",
