@@ -20,6 +20,7 @@ from neox.train.progress import Progress, close_log
 
 WITNESS = "has_checkpoints"
 CONFIG_LOCK = "config.lock.yml"
+LISTED = 5  # names in an error message
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,11 @@ def claim(config: Config, run_dir: RunDir, stack: contextlib.ExitStack) -> None:
 
     Raises:
         DiskError: it cannot be written.
-        CheckpointError: another job holds it, or its checkpoints were removed.
+        CheckpointError: another job holds it, its checkpoints were removed, or it has checkpoints of GPT-NeoX only.
     """
     if config.checkpoint.resume in ("auto", "must"):
         refuse_lost_checkpoints(run_dir)
+        refuse_gpt_neox_checkpoints(run_dir)
     created = [folder for folder in (run_dir.checkpoints, run_dir.path) if not folder.exists()]
     make_dirs(run_dir.checkpoints)
     stack.callback(remove_unused, run_dir, created)  # after the file of the lock
@@ -106,6 +108,26 @@ def refuse_lost_checkpoints(run_dir: RunDir) -> None:
         want="the checkpoints that the run saved",
         do="restore them, choose another run.dir, or restart at step 0 with --set checkpoint.resume=never",
     )
+
+
+def refuse_gpt_neox_checkpoints(run_dir: RunDir) -> None:
+    """Raise CheckpointError if the run has no checkpoint, but its folder has some of GPT-NeoX.
+
+    A config of GPT-NeoX whose `save` and `load` are equal would otherwise restart at step 0 unnoticed.
+    """
+    root = run_dir.checkpoints
+    if root.is_dir() and any(folder_step(path.name) is not None for path in root.iterdir()):
+        return
+    for folder in (run_dir.path, root):
+        found = [path.name for path in sorted(folder.glob("global_step*")) if path.is_dir()]
+        if found:
+            raise CheckpointError(
+                "the run has checkpoints of GPT-NeoX, which have to be imported",
+                where=folder,
+                got=", ".join(found[:LISTED]),
+                do=f"neox import --from {folder} --conf YAML_FILES --out IMPORTED, then set checkpoint.init_from: "
+                "IMPORTED and another run.dir; checkpoint.resume: never starts at step 0 next to them",
+            )
 
 
 def note_checkpoint(run_dir: RunDir, saved: Path) -> None:

@@ -123,6 +123,24 @@ def test_when_checkpoints_are_missed(tmp_path, records, witness, left):
     assert (tmp_path / WITNESS).exists() == witness
 
 
+@pytest.mark.parametrize("inside", ["", "checkpoints"])
+def test_checkpoints_of_gpt_neox_are_not_passed_over(tmp_path, inside):
+    (tmp_path / inside / "global_step10" / "mp_rank_00").mkdir(parents=True)
+    (tmp_path / inside / "global_step5").write_text("a file")
+    with contextlib.ExitStack() as stack:
+        claim(config_of(tmp_path, "never"), RunDir(tmp_path), stack)
+    for resume in ("auto", "must"):
+        with (
+            pytest.raises(CheckpointError, match="checkpoints of GPT-NeoX") as problem,
+            contextlib.ExitStack() as stack,
+        ):
+            claim(config_of(tmp_path, resume), RunDir(tmp_path), stack)
+        assert (problem.value.where, problem.value.got) == (tmp_path / inside, "global_step10")
+    (tmp_path / "checkpoints" / "step_00000000").mkdir(parents=True)  # of a run that started at step 0 next to them
+    with contextlib.ExitStack() as stack:
+        claim(config_of(tmp_path), RunDir(tmp_path), stack)
+
+
 @pytest.mark.parametrize(
     ("metrics", "left", "got"),
     [
