@@ -77,6 +77,26 @@ def check_prefix(prefix: str) -> None:
         )
 
 
+def check_existing(prefix: str) -> None:
+    """Check that a prefix is not the name of a file itself: of a text, or of a dataset's .bin or .idx.
+
+    Raises:
+        DataError: it is, and no dataset has that name in front of its suffixes.
+    """
+    check_prefix(prefix)
+    if os.path.isfile(prefix) and not os.path.lexists(f"{prefix}.idx"):
+        stem, suffix = os.path.splitext(prefix)
+        raise DataError(
+            "not the prefix of a dataset",
+            where=prefix,
+            got="a file",
+            want="a path without suffix, such as data/corpus for data/corpus.bin and data/corpus.idx",
+            do=f"name {stem}"
+            if suffix in (".bin", ".idx")
+            else "run neox preprocess on it, and name what it had as --out",
+        )
+
+
 class IndexedDataset:
     """A tokenized corpus, memory-mapped.
 
@@ -95,7 +115,7 @@ class IndexedDataset:
         self.prefix = os.fspath(prefix)
         if "\0" in self.prefix:  # the system would end the name there
             raise DataError("invalid path of a dataset", where=repr(self.prefix), got="a NUL character")
-        check_prefix(self.prefix)
+        check_existing(self.prefix)
         self._core = core.Dataset(os.fsencode(self.prefix))
         self.dtype = numpy_dtype(self._core.dtype)
         self.num_documents: int = self._core.num_documents

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # in order of preference
 LARGEST_VOCABULARY = 1 << 24  # the `tokenizers` library allocates for all of it, and aborts where it cannot
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # of a model of the Hugging Face Hub
 SMALLEST_VOCABULARY = 257  # the bytes and the end-of-document token
 
 
@@ -232,8 +235,19 @@ def read_bytes(file: str | Path) -> bytes:
     try:
         return files.read_bytes(file)
     except OSError as error:
-        do = "name a `tokenizers` JSON file, such as neox tokenizer train writes"
+        do = advice_for(str(file))
         raise DataError("cannot read tokenizer", where=file, got=error.strerror, do=do) from error
+
+
+def advice_for(name: str) -> str:
+    """What to name instead of a tokenizer's file that cannot be read: a folder's file, or a download of a model's."""
+    inside = Path(name) / "tokenizer.json"
+    if inside.is_file():
+        return f"name {inside}"
+    do = "name a `tokenizers` JSON file, such as neox tokenizer train writes"
+    if HUB_NAME.fullmatch(name) and not name.endswith(".json") and not os.path.lexists(name):
+        do += "; if this is a model of the Hugging Face Hub, download its tokenizer.json and name that file"
+    return do
 
 
 def parse_content(content: bytes, file: str | Path) -> files.JsonValue:

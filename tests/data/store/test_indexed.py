@@ -234,6 +234,19 @@ def test_names_that_lead_nowhere(tmp_path, prefix, reason):
         IndexedDataset(f"{tmp_path}/{prefix}\0.idx")
 
 
+@pytest.mark.parametrize(
+    ("name", "do"), [("corpus.bin", "name .*/corpus$"), ("corpus.idx", "name .*/corpus$"), ("a.jsonl", "run neox prep")]
+)
+def test_a_file_is_not_a_prefix(corpus, name, do):
+    path = Path(corpus.prefix).with_name(name)
+    path.touch()
+    with pytest.raises(DataError, match=rf"not the prefix of a dataset; where={path}; got=a file; want=.*; do={do}"):
+        IndexedDataset(path)
+    shutil.copy(corpus.bin_path, f"{path}.bin")
+    shutil.copy(f"{corpus.prefix}.idx", f"{path}.idx")
+    assert len(IndexedDataset(path)) == len(corpus)  # a dataset may have any name
+
+
 def test_bin_of_another_length_names_sizes_and_document(corpus):
     path = Path(corpus.bin_path)
     content = path.read_bytes()

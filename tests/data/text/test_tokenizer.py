@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,19 @@ def test_bad_files_and_arguments(tmp_path):
         train_tokenizer([], 300, tmp_path / "t.json")
     with pytest.raises(DiskError, match="cannot write"):
         train_tokenizer(TEXTS, 300, tmp_path / "nowhere" / "t.json")
+
+
+def test_a_folder_or_a_model_of_the_hub_is_answered_with_the_file_to_name(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    hub = "if this is a model of the Hugging Face Hub, download its tokenizer.json and name that file"
+    for name, expected in {"EleutherAI/pythia-14m": True, "gpt2": True, "model": False, "x.json": False}.items():
+        with pytest.raises(DataError, match="do=name a `tokenizers` JSON file, such as") as error:
+            Tokenizer(name)
+        assert str(error.value).endswith(hub) == expected
+    shutil.copy(trained.file, "model/tokenizer.json")
+    with pytest.raises(DataError, match="got=a folder, not a regular file; do=name model/tokenizer.json$"):
+        Tokenizer("model")
 
 
 def test_a_tokenizer_that_is_no_regular_file_is_refused_at_once(tmp_path):
