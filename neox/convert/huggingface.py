@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -21,6 +22,7 @@ from neox.config.problems import brief
 from neox.config.schema import ModelConfig, SpecialIds
 from neox.convert.config_keys import read_json, read_keys
 from neox.convert.families import Family, family_for, family_named
+from neox.convert.family_keys import GPT2_ALIASES
 from neox.convert.family_rules import Rule
 from neox.convert.foreign import describe
 from neox.convert.pickles import PickledTensors
@@ -38,6 +40,7 @@ from neox.printing import counted
 
 MAX_SHARD_BYTES = 4 << 30
 LOGIT_TOLERANCE = 1e-4
+LAYER_NUMBER = re.compile(r"\.(\d+)\.")  # in the name of a weight
 # buffers of old versions
 NOT_WEIGHTS = (
     ".attention.bias",
@@ -305,10 +308,13 @@ def _sources(config: ModelConfig, family: Family, theirs: Tensors) -> dict[str, 
     # name of the module in transformers 5; files have embed_out
     if family.model_type == "gpt_neox" and "lm_head.weight" in stored:
         stored["embed_out.weight"] = stored.pop("lm_head.weight")
+    key = GPT2_ALIASES["num_hidden_layers"] if family.model_type == "gpt2" else "num_hidden_layers"
+    layers = 1 + max((int(number[1]) for number in map(LAYER_NUMBER.search, stored) if number), default=-1)
+    differ = "" if layers == config.num_layers else f" with {config.num_layers} layers, by {key} of config.json"
     if config.num_layers > len(stored):  # before creating a rule for each layer
         raise CheckpointError(
             "weights are missing",
-            where="config.json: num_layers",
+            where=f"config.json: {key}",
             got=f"{counted(config.num_layers, 'layer')}, {counted(len(stored), 'tensor')}",
         )
     shapes = logical_shapes(config)
@@ -317,7 +323,10 @@ def _sources(config: ModelConfig, family: Family, theirs: Tensors) -> dict[str, 
         missing = [their_name for their_name in rule.names if their_name not in stored]
         if missing:
             raise CheckpointError(
-                "weight is missing", where=", ".join(missing), want=f"the weights of {family.architecture}"
+                "weight is missing",
+                where=", ".join(missing),
+                got=f"weights of {counted(layers, 'layer')}" if differ else None,
+                want=f"the weights of {family.architecture}{differ}",
             )
         parts = [stored.pop(their_name) for their_name in rule.names]
         _check_parts(theirs, parts, shapes[name])
@@ -328,8 +337,8 @@ def _sources(config: ModelConfig, family: Family, theirs: Tensors) -> dict[str, 
         raise CheckpointError(
             "weights are unknown",
             where=", ".join(left[:4]),
-            got=counted(len(left), "tensor"),
-            want=f"the weights of {family.architecture}",
+            got=counted(len(left), "tensor") + (f"; weights of {counted(layers, 'layer')}" if differ else ""),
+            want=f"the weights of {family.architecture}{differ}",
         )
     return sources
 

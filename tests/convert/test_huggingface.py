@@ -192,14 +192,22 @@ def edit(folder, **changes):
 def test_missing_weight(folder):
     edit(folder, num_hidden_layers=4)
     with pytest.raises(
-        CheckpointError, match=re.escape("weight is missing; where=model.layers.3.input_layernorm.weight")
+        CheckpointError,
+        match=re.escape(
+            "weight is missing; where=model.layers.3.input_layernorm.weight; got=weights of 3 layers; "
+            "want=the weights of LlamaForCausalLM with 4 layers, by num_hidden_layers of config.json"
+        ),
     ):
         from_huggingface(folder)
 
 
 def test_unknown_weight(folder):
     edit(folder, num_hidden_layers=2)
-    with pytest.raises(CheckpointError, match=r"weights are unknown; where=model.layers.2"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"weights are unknown; where=model\.layers\.2.*; got=9 tensors; weights of 3 layers; "
+        r"want=.*with 2 layers, by num_hidden_layers of config\.json",
+    ):
         from_huggingface(folder)
 
 
