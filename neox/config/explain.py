@@ -143,16 +143,16 @@ def _explain_listed(key: str) -> KeyHelp:
 def _explain_gpt_neox(key: str) -> KeyHelp:
     """Describe a key of GPT-NeoX's files."""
     rule = GPT_NEOX_KEYS[key]
-    if rule.kind == "renamed":
-        meaning = f"is {rule.to[0]}"
-    else:
-        meaning = f"ignored: {rule.text}" if rule.kind == "ignored" else rule.text
-    to = f" -> {', '.join(rule.to)}" if rule.kind == "translated" else ""
+    treatment = {
+        "renamed": f"the same as {', '.join(rule.to)}",
+        "translated": f"sets {', '.join(rule.to)}: {rule.text}",
+        "ignored": f"ignored: {rule.text}",
+        "unsupported": f"not supported: {rule.text}",
+    }
     same = [name for name in known_keys() if name.rpartition(".")[2] == key and name not in rule.to]
-    if same:
-        meaning += f"; neox has {', '.join(same)}"
+    see = f"; see {', '.join(same)}" if same else ""
     default = None if rule.default is None else inline(rule.default)
-    return KeyHelp(key, f"key of GPT-NeoX{to}: {meaning}", f"{rule.kind}, the type of GPT-NeoX", default)
+    return KeyHelp(key, f"GPT-NeoX key, {treatment[rule.kind]}{see}", "as in GPT-NeoX", default)
 
 
 def diff(left: Loaded, right: Loaded) -> list[Difference]:

@@ -26,6 +26,12 @@ POLLED_STEPS = 5  # steps during which memory is polled
 WINDOW = 1000  # steps of the median
 
 
+def deviation(planned: float, measured: float) -> str:
+    """How far the plan is off, for a log line."""
+    share = 100 * (planned / measured - 1)
+    return f"plan {abs(share):.1f} % {'low' if share < 0 else 'high'}"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Planned and measured bytes and seconds; None for what was not measured or cannot be planned.
@@ -50,16 +56,14 @@ class Comparison:
         planned, measured = self.memory
         if measured:
             where = f"rank {self.rank}, stage {self.stage}"
-            share = f"{100 * (planned / measured - 1):+.1f} %"
             out.append(
-                f"memory: {planned / 1e9:.3f} GB planned, {measured / 1e9:.3f} GB measured ({share}), "
-                f"{self.resident / 1e9:.3f} GB resident, on {where}"
+                f"memory: {planned / 1e9:.3f} GB planned, {measured / 1e9:.3f} GB measured "
+                f"({deviation(planned, measured)}), {self.resident / 1e9:.3f} GB resident, on {where}"
             )
         planned, measured = self.step_time
         if planned and measured:
             out.append(
-                f"step: {planned:.4g} s planned, {measured:.4g} s measured, median "
-                f"({100 * (planned / measured - 1):+.1f} %)"
+                f"step: {planned:.4g} s planned, {measured:.4g} s measured, median ({deviation(planned, measured)})"
             )
         return out
 

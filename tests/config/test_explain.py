@@ -113,9 +113,9 @@ def test_the_native_form_loads_to_the_same_config_and_holds_no_defaults(tmp_path
 def test_a_key_of_gpt_neox_is_explained():
     assert "model.parallel_residual" in explain("gpt-j-residual").meaning
     assert "tanh" in explain("bias_gelu_fusion").meaning and explain("bias_gelu_fusion").default == "false"
-    assert explain("lr").meaning.endswith("; neox has optimizer.lr")
-    assert explain("moe_num_experts").type.startswith("unsupported")
-    assert explain("rope_fusion").meaning.startswith("key of GPT-NeoX: ignored: the kernels of neox")
+    assert explain("lr").meaning.endswith("; see optimizer.lr")
+    assert explain("moe_num_experts").meaning.startswith("GPT-NeoX key, not supported: ")
+    assert explain("rope_fusion").meaning.startswith("GPT-NeoX key, ignored: the kernels of neox")
 
 
 def test_the_explanation_of_a_section_lists_the_keys_just_below_it():
@@ -178,24 +178,24 @@ def test_deepspeed_lists_what_may_be_set_there():
         ("deepspeed.bf16", "set by precision.dtype; use that key", "whatever DeepSpeed accepts", None, ()),
         (
             "weight_decay",
-            "key of GPT-NeoX -> optimizer.weight_decay: same",
-            "translated, the type of GPT-NeoX",
+            "GPT-NeoX key, sets optimizer.weight_decay: same",
+            "as in GPT-NeoX",
             "0.1",
             (),
         ),
-        ("num_layers", "key of GPT-NeoX: is model.num_layers", "renamed, the type of GPT-NeoX", None, ()),
+        ("num_layers", "GPT-NeoX key, the same as model.num_layers", "as in GPT-NeoX", None, ()),
         (
             "train_epochs",
-            "key of GPT-NeoX: set train_iters, the length in steps",
-            "unsupported, the type of GPT-NeoX",
+            "GPT-NeoX key, not supported: set train_iters, the length in steps",
+            "as in GPT-NeoX",
             None,
             (),
         ),
-        ("log_dir", "key of GPT-NeoX: ignored: log.txt is in run.dir", "ignored, the type of GPT-NeoX", None, ()),
+        ("log_dir", "GPT-NeoX key, ignored: log.txt is in run.dir", "as in GPT-NeoX", None, ()),
         (
             "use_bias_in_attn_linear",
-            "key of GPT-NeoX -> model.qkv_bias, model.attention_out_bias: same value for both",
-            "translated, the type of GPT-NeoX",
+            "GPT-NeoX key, sets model.qkv_bias, model.attention_out_bias: same value for both",
+            "as in GPT-NeoX",
             "true",
             (),
         ),

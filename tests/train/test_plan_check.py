@@ -21,8 +21,8 @@ from tests.train.corpus import make_corpus
 def test_planned_and_measured_are_reported():
     lines = Comparison(3, 1, (1.1e9, 1.0e9), 1.3e9, (2.0, 2.5)).lines()
     assert lines == [
-        "memory: 1.100 GB planned, 1.000 GB measured (+10.0 %), 1.300 GB resident, on rank 3, stage 1",
-        "step: 2 s planned, 2.5 s measured, median (-20.0 %)",
+        "memory: 1.100 GB planned, 1.000 GB measured (plan 10.0 % high), 1.300 GB resident, on rank 3, stage 1",
+        "step: 2 s planned, 2.5 s measured, median (plan 20.0 % low)",
     ]
     assert Comparison(0, 0, (1.0, None), 0.0, (None, 1.0)).lines() == []
 
