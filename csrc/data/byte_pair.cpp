@@ -57,10 +57,10 @@ BytePairs::BytePairs(std::vector<uint32_t> byte_ids, const std::vector<uint32_t>
         for (uint32_t b = 0; b < 256; ++b)
             if (byte_ids_[a] != kNone && byte_ids_[b] != kNone)
                 byte_ranks_[a << 8 | b] = rank(byte_ids_[a], byte_ids_[b]);
-    note_windows(left, right);
+    record_windows(left, right);
 }
 
-void BytePairs::note_windows(const std::vector<uint32_t>& left, const std::vector<uint32_t>& right) {
+void BytePairs::record_windows(const std::vector<uint32_t>& left, const std::vector<uint32_t>& right) {
     uint32_t largest = 0;
     const auto look = [&](const std::vector<uint32_t>& ids) {
         for (const uint32_t id : ids) largest = std::max(largest, id == kNone ? 0 : id);
@@ -91,7 +91,7 @@ void BytePairs::note_windows(const std::vector<uint32_t>& left, const std::vecto
             }
         }
     }
-    may_part_ = unknown == 0;
+    may_split_ = unknown == 0;
 }
 
 inline uint32_t BytePairs::rank(uint32_t left, uint32_t right) const {
@@ -105,9 +105,9 @@ inline uint32_t BytePairs::rank(uint32_t left, uint32_t right) const {
 }
 
 uint64_t BytePairs::encode(const uint8_t* word, uint64_t count, uint32_t* out) const {
-    if (!whole_.empty()) {
-        const auto found = whole_.find(std::string(reinterpret_cast<const char*>(word), count));
-        if (found != whole_.end()) return *out = found->second, 1;
+    if (!word_tokens_.empty()) {
+        const auto found = word_tokens_.find(std::string(reinterpret_cast<const char*>(word), count));
+        if (found != word_tokens_.end()) return *out = found->second, 1;
     }
     if (count <= 1) return count == 0 ? 0 : (*out = byte_ids_[*word], 1);
     return count <= kTiny    ? encode_tiny(word, count, out)

@@ -106,7 +106,7 @@ void EncodeThreads::work(bool spare) {
 
 void EncodeThreads::encode(EncodedChunk& chunk) {
     try {
-        std::unique_ptr<LineState> state = states_.take();
+        std::unique_ptr<LineState> state = states_.acquire();
         state->clear();
         if (chunk.kind == ChunkKind::lines)
             encode_lines(encoder_, chunk.bytes, chunk.length, chunk.options, *state);
@@ -118,7 +118,7 @@ void EncodeThreads::encode(EncodedChunk& chunk) {
         chunk.sizes = std::move(state->sizes);
         chunk.unsure = std::move(state->unsure);
         chunk.blank = state->blank, chunk.empty = state->empty;
-        states_.give_back(std::move(state));
+        states_.release(std::move(state));
     } catch (...) {
         chunk.error = std::current_exception();
     }

@@ -68,7 +68,7 @@ bool encode_text(const TextEncoder& encoder, const uint8_t* bytes, uint64_t coun
     return true;
 }
 
-std::unique_ptr<LineState> LineStates::take() {
+std::unique_ptr<LineState> LineStates::acquire() {
     const std::lock_guard<std::mutex> held(mutex_);
     if (idle_.empty()) return std::make_unique<LineState>();
     std::unique_ptr<LineState> state = std::move(idle_.back());
@@ -76,7 +76,7 @@ std::unique_ptr<LineState> LineStates::take() {
     return state;
 }
 
-void LineStates::give_back(std::unique_ptr<LineState> state) {
+void LineStates::release(std::unique_ptr<LineState> state) {
     const std::lock_guard<std::mutex> held(mutex_);
     idle_.push_back(std::move(state));
 }

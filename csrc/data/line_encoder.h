@@ -44,8 +44,8 @@ bool encode_text(const TextEncoder& encoder, const uint8_t* bytes, uint64_t coun
 // A pool of encoder states for several threads: as many as ever run at the same time.
 class LineStates {
   public:
-    std::unique_ptr<LineState> take();
-    void give_back(std::unique_ptr<LineState> state);
+    std::unique_ptr<LineState> acquire();
+    void release(std::unique_ptr<LineState> state);
 
   private:
     std::mutex mutex_;

@@ -227,7 +227,7 @@ TextEncoder::TextEncoder(BytePairs pairs, SplitPattern pattern, bool normalise, 
 class TextEncoder::Queue {
   public:
     Queue(const TextEncoder& encoder, State& state, const uint8_t* end)
-        : pairs_(encoder.pairs_), may_part_(encoder.pairs_.may_part()), state_(state), end_(end) {}
+        : pairs_(encoder.pairs_), may_split_(encoder.pairs_.may_split()), state_(state), end_(end) {}
 
     // Reserves space for words of `bytes` bytes and for the text from `rest`.
     void expect(uint64_t bytes, const uint8_t* rest) {
@@ -239,10 +239,10 @@ class TextEncoder::Queue {
     // Long words, such as sentences in scripts without spaces, are split where no token can cross: the parts are short,
     // and recur.
     void add_word(const uint8_t* at, uint64_t length) {
-        if (length <= kWhole || !may_part_) return add_part(at, length);
+        if (length <= kWhole || !may_split_) return add_part(at, length);
         uint64_t first = 0;
         for (uint64_t i = 1; i < length; ++i) {
-            if ((at[i] & 0xC0) == 0x80 || !pairs_.parts(at, i, length)) continue;
+            if ((at[i] & 0xC0) == 0x80 || !pairs_.can_split_at(at, i, length)) continue;
             add_part(at + first, i - first);
             first = i;
         }
@@ -299,7 +299,7 @@ class TextEncoder::Queue {
     }
 
     const BytePairs& pairs_;
-    const bool may_part_;
+    const bool may_split_;
     State& state_;
     const uint8_t* const end_;  // end of the text
     uint32_t* out_ = nullptr;

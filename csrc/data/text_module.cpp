@@ -114,7 +114,7 @@ void bind_text(py::module_& module) {
                          std::unordered_map<std::string, uint32_t> whole, bool wide) {
                  Merges found = read_merges(letters, vocab, merges);
                  BytePairs pairs(std::move(found.byte_ids), found.left, found.right, std::move(found.merged));
-                 pairs.take_whole(std::move(whole));
+                 pairs.set_word_tokens(std::move(whole));
                  std::vector<AddedToken> tokens;
                  for (const auto& [text, id, normalized, ignored] : added)
                      tokens.push_back({text, id, normalized, ignored});

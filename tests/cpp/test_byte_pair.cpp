@@ -81,13 +81,13 @@ void words_split_where_no_token_crosses() {
         const uint32_t alphabet = 2 + static_cast<uint32_t>(random() % 4);
         const Model model = random_model(random, alphabet, 1 + static_cast<uint32_t>(random() % 12), false);
         const BytePairs pairs = model.pairs();
-        EXPECT(pairs.may_part());
+        EXPECT(pairs.may_split());
         for (int w = 0; w < 20; ++w) {
             std::string word;
             for (uint64_t length = 2 + random() % 12; word.size() < length;)
                 word.push_back(static_cast<char>('a' + random() % alphabet));
             for (uint64_t at = 1; at < word.size(); ++at) {
-                if (!pairs.parts(reinterpret_cast<const uint8_t*>(word.data()), at, word.size())) {
+                if (!pairs.can_split_at(reinterpret_cast<const uint8_t*>(word.data()), at, word.size())) {
                     ++whole;
                     continue;
                 }
@@ -102,7 +102,7 @@ void words_split_where_no_token_crosses() {
     Model twice;
     for (uint32_t b = 0; b < 256; ++b) twice.byte_ids.push_back(b);
     twice.left = {'a', 'b'}, twice.right = {'b', 'a'}, twice.merged = {300, 300};
-    EXPECT(!twice.pairs().may_part());
+    EXPECT(!twice.pairs().may_split());
 }
 
 void whole_words() {
@@ -110,7 +110,7 @@ void whole_words() {
     for (uint32_t b = 0; b < 256; ++b) model.byte_ids.push_back(b);
     BytePairs pairs = model.pairs();
     EXPECT(encode(pairs, "ab") == (std::vector<uint32_t>{'a', 'b'}));
-    pairs.take_whole({{"ab", 900}});
+    pairs.set_word_tokens({{"ab", 900}});
     EXPECT(encode(pairs, "ab") == std::vector<uint32_t>{900});
     EXPECT(encode(pairs, "abc") == (std::vector<uint32_t>{'a', 'b', 'c'}));
     EXPECT_FAULT(BytePairs({1, 2}, {}, {}, {}), "have different sizes");
@@ -132,7 +132,7 @@ void bytes_without_a_token() {
     model.left = {'a'}, model.right = {'b'}, model.merged = {300};
     model.ranks[{'a', 'b'}] = 0;
     const BytePairs pairs = model.pairs();
-    EXPECT(pairs.may_part());
+    EXPECT(pairs.may_split());
     for (const size_t repeats : {1, 20, 300}) {
         std::string word;
         for (size_t i = 0; i < repeats; ++i)
@@ -162,15 +162,17 @@ void merges_in_any_order() {
     model.left.push_back('a'), model.right.push_back('b'), model.merged.push_back(300);
     const auto at = [](const char* word) { return reinterpret_cast<const uint8_t*>(word); };
     const BytePairs pairs = model.pairs();
-    EXPECT(pairs.may_part());
-    EXPECT(!pairs.parts(at("abc"), 1, 3) && !pairs.parts(at("abc"), 2, 3));
-    EXPECT(!pairs.parts(at("bcd"), 1, 3) && !pairs.parts(at("cde"), 2, 3) && pairs.parts(at("bce"), 1, 3));
-    EXPECT(!pairs.parts(at("ab"), 1, 2) && pairs.parts(at("bc"), 1, 2) && pairs.parts(at("xabx"), 1, 4));
+    EXPECT(pairs.may_split());
+    EXPECT(!pairs.can_split_at(at("abc"), 1, 3) && !pairs.can_split_at(at("abc"), 2, 3));
+    EXPECT(!pairs.can_split_at(at("bcd"), 1, 3) && !pairs.can_split_at(at("cde"), 2, 3) &&
+           pairs.can_split_at(at("bce"), 1, 3));
+    EXPECT(!pairs.can_split_at(at("ab"), 1, 2) && pairs.can_split_at(at("bc"), 1, 2) &&
+           pairs.can_split_at(at("xabx"), 1, 4));
     model.left.back() = 999;  // made by no merge
-    EXPECT(!model.pairs().may_part());
+    EXPECT(!model.pairs().may_split());
     BytePairs whole = pairs;
-    whole.take_whole({{"abx", 900}});
-    EXPECT(pairs.may_part() && !whole.may_part());
+    whole.set_word_tokens({{"abx", 900}});
+    EXPECT(pairs.may_split() && !whole.may_split());
 }
 
 void arrays_of_other_lengths() {

@@ -198,7 +198,7 @@ void long_words_are_those_of_their_parts() {
     const BytePairs pairs = vocabulary(1000);
     const TextEncoder encoder(pairs, SplitPattern::gpt2, false, {});
     BytePairs with_whole = pairs;
-    with_whole.take_whole({{"abcdefabcdefabcdef", 9000}, {"ab", 9001}});
+    with_whole.set_word_tokens({{"abcdefabcdefabcdef", 9000}, {"ab", 9001}});
     const TextEncoder of_whole(with_whole, SplitPattern::gpt2, false, {});
     TextEncoder::State state, other;
     for (int round = 0; round < 500; ++round) {
