@@ -61,10 +61,10 @@ $(INSTALLED): $(TORCH_STAMP) constraints.txt pyproject.toml setup.py $(NATIVE)
 demo: setup  ## train, stop, resume, evaluate, generate and export a small model on real text
 	$(PY) demo/demo.py
 
-# No core idles: pyright, which uses one, runs next to the compiler; one call of ninja compiles the CUDA library too; cuda-check and ptx-check run next to
+# No core idles: pyright, which uses one, runs next to the compiler; one call of ninja compiles the CUDA library too; the checks of the PTX run next to
 # the C++ tests; and two processes more than there are cores run the tests, of which many wait for other processes. The tests that `lint` runs are among them.
 test: setup  ## lint and the test suite, except fuzzing, sweeps and the matrix of layouts
-	$(MAKE) --no-print-directory -j 2 static-checks native-test CUDA_LIBRARY=cuda_library ALL_ARCHITECTURES=OFF ALL_VARIANTS=OFF
+	$(MAKE) --no-print-directory -j 2 static-checks native-test CUDA_LIBRARY=cuda_library MACHINE_CODE=OFF ALL_VARIANTS=OFF
 	$(MAKE) --no-print-directory oldest-torch emulated-test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(($(JOBS) + 2)) --dist worksteal -m "not fuzz and not parallel and not faults and not harness and not sweep"
 
@@ -73,8 +73,7 @@ build/native/CMakeCache.txt: | $(INSTALLED)
 
 # The headers for oldest-torch are downloaded while the compiler runs.
 native-test: setup build/native/CMakeCache.txt  ## C++ tests, also under sanitizers; emulated CUDA kernels with race and byte checks
-	$(if $(CUDA_LIBRARY),$(NVDISASM))
-	cmake -D NEOX_ALL_ARCHITECTURES=$(ALL_ARCHITECTURES) -D NEOX_ALL_VARIANTS=$(ALL_VARIANTS) build/native > /dev/null
+	cmake -D NEOX_MACHINE_CODE=$(MACHINE_CODE) -D NEOX_ALL_VARIANTS=$(ALL_VARIANTS) build/native > /dev/null
 	$(PY) tests/cuda/torch_headers.py build/oldest-torch > /dev/null 2>&1 & cmake --build build/native --parallel $(JOBS) --target $(CUDA_LIBRARY) all; wait
 	ctest --test-dir build/native --output-on-failure --parallel $(JOBS) $(if $(CUDA_LIBRARY),,--exclude-regex 'nvcc|emu.bytes')
 	$(if $(CUDA_LIBRARY),,build/native/tests/emu/test_ops_check --bytes)
@@ -88,13 +87,13 @@ oldest-torch: setup build/native/CMakeCache.txt  ## compile every binding agains
 	    if [ $$code = 0 ]; then cmake --build build/native --parallel $(JOBS) --target oldest_torch; \
 	        $(PY) tests/cuda/stable_symbols.py build/oldest-torch/include neox/_ops/*.so; elif [ $$code != 3 ]; then exit $$code; fi
 
-ALL_ARCHITECTURES := ON
+MACHINE_CODE := ON
 ALL_VARIANTS := ON
 # nvdisasm counts the instructions of the hot loops.
 NVDISASM = if command -v nvcc > /dev/null && ! command -v nvdisasm > /dev/null; then $(PIP) nvidia-cuda-nvdisasm || true; fi
 cuda-check: setup build/native/CMakeCache.txt  ## compile, link and load the CUDA library, if nvcc is available; report registers and spills
 	$(NVDISASM)
-	cmake -D NEOX_ALL_ARCHITECTURES=$(ALL_ARCHITECTURES) build/native > /dev/null
+	cmake -D NEOX_MACHINE_CODE=$(MACHINE_CODE) build/native > /dev/null
 	cmake --build build/native --parallel $(JOBS) --target cuda_check
 
 ptx-check: setup build/native/CMakeCache.txt  ## run the operators' tests on nvcc's PTX, on the CPU, if nvcc is available

@@ -2,7 +2,9 @@
 exponentials (in the PTX) and the speed of the hot kernels by count (in the SASS), and loads the CUDA library into the
 installed torch.
 
-usage: python -m tests.cuda.check_library LIBRARY FOLDER_OF_LOGS OPERATOR...
+usage: python -m tests.cuda.check_library [--ptx-only] LIBRARY FOLDER_OF_LOGS OPERATOR...
+
+--ptx-only: the library was built without machine code (NEOX_MACHINE_CODE=OFF), so that ptxas and SASS report nothing.
 """
 
 from __future__ import annotations
@@ -204,18 +206,21 @@ def ptx_of(folder: Path) -> list[Path]:
     return [max(paths, key=lambda path: path.stat().st_mtime) for paths in kept if paths]
 
 
+def report_machine_code(folder: Path) -> list[str]:
+    """Prints what ptxas and the SASS show. Returns the problems found."""
+    logs = sorted(folder.glob("*.cu.o.log"))
+    cubins = sorted(folder.glob("*.keep/*_hopper_cuda*.cubin"))
+    return report(logs) + speed.report(folder, architectures_of(logs)) + hopper_speed.report(cubins)
+
+
 def main() -> int:
     """Returns the exit code: 0 if there are no problems."""
-    library, folder, *operators = sys.argv[1:]
-    logs = sorted(Path(folder).glob("*.cu.o.log"))
-    problems = (
-        report(logs)
-        + report_branches(ptx_of(Path(folder)))
-        + report_divisions(ptx_of(Path(folder)))
-        + speed.report(Path(folder), architectures_of(logs))
-        + hopper_speed.report(sorted(Path(folder).glob("*.keep/*_hopper_cuda*.cubin")))
-        + load(Path(library), operators)
-    )
+    words = [word for word in sys.argv[1:] if word]
+    ptx_only = words[0] == "--ptx-only"
+    library, folder, *operators = words[ptx_only:]
+    ptx = ptx_of(Path(folder))
+    problems = [] if ptx_only else report_machine_code(Path(folder))
+    problems += report_branches(ptx) + report_divisions(ptx) + load(Path(library), operators)
     for problem in problems:
         print(f"cuda_check: {problem}", file=sys.stderr)
     return bool(problems)

@@ -5,6 +5,8 @@ slow loops.
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +118,17 @@ def test_divisions_in_attention_kernels_are_problems(tmp_path):
     problems = check_library.report_divisions(sorted(tmp_path.iterdir()))
     assert problems[0] == "attention_many _Z7guardedPf: 14 integer divisions, the limit is 13"
     assert all(problem.startswith("attention_many ") for problem in problems)
+
+
+@pytest.mark.parametrize("ptx_only", [True, False])
+def test_without_machine_code_only_the_ptx_is_checked(tmp_path, monkeypatch, capsys, ptx_only):
+    (tmp_path / "sum_cuda.cu.keep").mkdir()
+    (tmp_path / "sum_cuda.cu.keep" / "sum_cuda.ptx").write_text(PTX)
+    (tmp_path / "sum_cuda.cu.o.log").touch()
+    loaded = []
+    monkeypatch.setattr(check_library, "load", lambda library, operators: loaded.append((library, operators)) or [])
+    monkeypatch.setattr(sys, "argv", ["check", "--ptx-only" if ptx_only else "", "x.so", str(tmp_path), "sum"])
+    assert check_library.main() == 1
+    problems = capsys.readouterr().err
+    assert "branches around 1 exponentials" in problems and ("no kernel in it" in problems) != ptx_only
+    assert loaded == [(Path("x.so"), ["sum"])]
