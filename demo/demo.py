@@ -27,7 +27,7 @@ HELD_OUT_EVERY = 20  # one file in this many is held out
 OVERLAP = 12  # steps computed twice: once before the kill, once after the resume
 LOSS_BOUND = 0.60  # validation loss as a fraction of the loss of the first step
 LOGIT_BOUND = 1e-4  # maximum difference of logits between neox and Hugging Face
-STEP_TIMEOUT = 900  # seconds per command
+COMMAND_TIMEOUT = 3600  # seconds; a training of the demo takes minutes, and more than 900 s on a busy machine
 
 
 class DemoFailed(Exception):
@@ -90,13 +90,13 @@ def run(command: list[str], *, capture: bool = False) -> str:
             command,
             cwd=ROOT,
             env=environment(),
-            timeout=STEP_TIMEOUT,
+            timeout=COMMAND_TIMEOUT,
             stdout=subprocess.PIPE if capture else None,
             text=True,
             check=False,
         )
     except subprocess.TimeoutExpired as late:
-        raise DemoFailed(f"took longer than {STEP_TIMEOUT} s: {' '.join(command)}") from late
+        raise DemoFailed(f"took longer than {COMMAND_TIMEOUT} s: {' '.join(command)}") from late
     if done.returncode != 0:
         raise DemoFailed(f"exit code {done.returncode}: {' '.join(command)}")
     return done.stdout or ""
@@ -157,13 +157,13 @@ def train_until_killed(run_dir: Path, checkpoint_step: int, kill_step: int) -> d
     command = train_command()
     print("  $ " + " ".join(shown(word) for word in command) + f"        (killed at step {kill_step})", flush=True)
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True)
-    deadline = time.monotonic() + STEP_TIMEOUT
+    deadline = time.monotonic() + COMMAND_TIMEOUT
     try:
         while kill_step not in read_metrics(run_dir):
             if process.poll() is not None:
                 raise DemoFailed(f"training ended with exit code {process.returncode} before step {kill_step}")
             if time.monotonic() > deadline:
-                raise DemoFailed(f"training did not reach step {kill_step} in {STEP_TIMEOUT} s")
+                raise DemoFailed(f"training did not reach step {kill_step} in {COMMAND_TIMEOUT} s")
             time.sleep(0.05)
     finally:
         kill_tree(process)
